@@ -1,0 +1,362 @@
+"""The registry of masks: what exists, where it comes from, and how it is built."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib.metadata import entry_points
+from typing import Any, Literal, get_args, get_origin
+
+from torch import Tensor
+
+from masks.budget import Budget
+from masks.context import MaskContext
+from masks.errors import MaskError, unknown_name
+from masks.mask import Mask, Provenance
+from masks.params import model_digest
+from masks.schedule import EVERY_EPOCH, INIT, Schedule
+from masks.select import select
+
+Kind = Literal["budgeted", "natural"]
+ENTRY_POINT_GROUP = "sam_masks.masks"
+
+ScoreFn = Callable[..., Sequence[Tensor]]
+BuilderFn = Callable[..., Mask]
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of a builder: a keyword-only argument with a default and a type."""
+
+    name: str
+    type: Any
+    default: Any
+
+    @property
+    def type_name(self) -> str:
+        if get_origin(self.type) is Literal:
+            return "|".join(map(str, get_args(self.type)))
+        return self.type.__name__ if isinstance(self.type, type) and not get_args(self.type) else str(self.type)
+
+    def convert(self, value: Any, owner: str) -> Any:
+        """The value as the option's type; text is read as it would be on the command line.
+
+        Raises:
+            MaskError: it is not of that type.
+        """
+        converted = _convert(value, self.type)
+        if converted is _WRONG:
+            raise MaskError(f"option {self.name} of mask {owner} must be {self.type_name}, got {value!r}")
+        return converted
+
+
+_WRONG = object()
+
+
+def _convert(value: Any, wanted: Any) -> Any:
+    origin = get_origin(wanted)
+    if origin is Literal:
+        return value if value in get_args(wanted) else _WRONG
+    if origin in (typing.Union, types.UnionType):
+        if value is None or value == "none":
+            return None if type(None) in get_args(wanted) else _WRONG
+        found = [_convert(value, arm) for arm in get_args(wanted) if arm is not type(None)]
+        return next((item for item in found if item is not _WRONG), _WRONG)
+    if origin is tuple:
+        items = value.split("+") if isinstance(value, str) else value
+        if not isinstance(items, (list, tuple)):
+            return _WRONG
+        out = tuple(_convert(item, get_args(wanted)[0]) for item in items)
+        return _WRONG if _WRONG in out else out
+    if wanted is bool:
+        return {"true": True, "false": False}.get(str(value).lower(), _WRONG)
+    if wanted is str:
+        return value if isinstance(value, str) else _WRONG
+    if wanted in (int, float) and not isinstance(value, bool):
+        try:
+            return wanted(value) if wanted is float or str(value) == str(int(value)) else _WRONG
+        except (TypeError, ValueError):
+            return _WRONG
+    return _WRONG
+
+
+@dataclass(frozen=True)
+class MaskInfo:
+    """What the registry knows of a mask.
+
+    Attributes:
+        name: its name.
+        kind: "budgeted" keeps exactly as many coordinates as its budget says; "natural" keeps what it keeps
+            and is never called matched.
+        summary: one line.
+        source: the paper or code that it follows.
+        origin: who registered it.
+        options: what can be set.
+        needs_data: whether it is scored on batches.
+        schedule: when it is built unless told otherwise.
+        build: the builder.
+    """
+
+    name: str
+    kind: Kind
+    summary: str
+    source: str
+    origin: str
+    options: tuple[Option, ...]
+    needs_data: bool
+    schedule: Schedule
+    build: BuilderFn
+
+    def resolve_options(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """All options with their values: those given, converted, and the defaults of the others.
+
+        Raises:
+            MaskError: an unknown option (the nearest are offered) or a value of another type.
+        """
+        known = {option.name: option for option in self.options}
+        for name in options:
+            if name not in known:
+                raise MaskError(unknown_name(f"option of mask {self.name}", name, known))
+        return {
+            name: option.convert(options[name], self.name) if name in options else option.default
+            for name, option in known.items()
+        }
+
+
+_registry: dict[str, MaskInfo] = {}
+_contested: dict[str, str] = {}
+_broken: dict[str, str] = {}
+_origin: list[str] = []
+_discovered = False
+
+
+def _options(fn: Callable[..., Any], reserved: int) -> tuple[Option, ...]:
+    hints = typing.get_type_hints(fn)
+    out = []
+    for i, (name, parameter) in enumerate(inspect.signature(fn).parameters.items()):
+        if i < reserved:
+            continue
+        if parameter.kind is not parameter.KEYWORD_ONLY or parameter.default is parameter.empty or name not in hints:
+            raise MaskError(f"argument {name} of {fn.__qualname__} must be keyword-only, with a type and a default")
+        out.append(Option(name, hints[name], parameter.default))
+    return tuple(out)
+
+
+def _register(info: MaskInfo, fn: Callable[..., Any]) -> None:
+    old = _registry.get(info.name)
+    if old is not None:
+        same = getattr(old.build, "__wrapped__", old.build)
+        if (same.__module__, same.__qualname__) != (fn.__module__, fn.__qualname__):
+            raise MaskError(
+                f"mask {info.name!r} is already registered by {old.origin}; {info.origin} must rename its own"
+            )
+    if not info.name.isidentifier() or info.name != info.name.lower():
+        raise MaskError(f"a mask's name must be snake_case, got {info.name!r}")
+    _registry[info.name] = info
+
+
+def register_mask(
+    name: str,
+    *,
+    kind: Kind,
+    summary: str,
+    source: str,
+    needs_data: bool = False,
+    schedule: Schedule = INIT,
+) -> Callable[[BuilderFn], BuilderFn]:
+    """Register a full builder: ``fn(context, budget, *, option: type = default, ...) -> Mask``.
+
+    ``budget`` is a :class:`~masks.budget.Budget` for the kind "budgeted" and None for "natural".
+
+    Raises:
+        MaskError: the name is taken (both origins are named), is not snake_case, or an option has no type or
+            default.
+    """
+
+    def decorate(fn: BuilderFn) -> BuilderFn:
+        origin = _origin[-1] if _origin else fn.__module__
+        info = MaskInfo(name, kind, summary, source, origin, _options(fn, 2), needs_data, schedule, fn)
+        _register(info, fn)
+        return fn
+
+    return decorate
+
+
+def register_score(
+    name: str,
+    *,
+    summary: str,
+    source: str,
+    needs_data: bool = False,
+    schedule: Schedule = EVERY_EPOCH,
+) -> Callable[[ScoreFn], ScoreFn]:
+    """Register a score: ``fn(context, *, option: type = default, ...) -> one tensor per parameter``.
+
+    The mask keeps exactly as many coordinates as its budget says, those of the largest scores. Every score
+    mask also has the options ``order`` ("largest", "smallest"), ``scope`` ("global", "per_layer": every
+    tensor at the same density) and ``exclude_norm`` (keep no coordinate of a normalization layer).
+
+    Raises:
+        MaskError: see :func:`register_mask`.
+    """
+
+    def decorate(fn: ScoreFn) -> ScoreFn:
+        def build(
+            context: MaskContext, budget: Budget, *, order: str, scope: str, exclude_norm: bool, **options: Any
+        ) -> Mask:
+            parts = select(
+                context.table,
+                fn(context, **options),
+                budget.num_kept,
+                largest=order == "largest",
+                per_layer=scope == "per_layer",
+                eligible=[not (exclude_norm and row.is_norm) for row in context.table],
+            )
+            return Mask(context.table, parts)
+
+        build.__wrapped__ = fn  # type: ignore[attr-defined]
+        options = (
+            *_options(fn, 1),
+            Option("order", Literal["largest", "smallest"], "largest"),
+            Option("scope", Literal["global", "per_layer"], "global"),
+            Option("exclude_norm", bool, False),
+        )
+        origin = _origin[-1] if _origin else fn.__module__
+        _register(MaskInfo(name, "budgeted", summary, source, origin, options, needs_data, schedule, build), fn)
+        return fn
+
+    return decorate
+
+
+@contextmanager
+def _registering_as(origin: str) -> Iterator[None]:
+    """Registrations inside belong to ``origin``; if anything fails, none of them stays."""
+    before = dict(_registry)
+    _origin.append(origin)
+    try:
+        yield
+    except BaseException:
+        _registry.clear()
+        _registry.update(before)
+        raise
+    finally:
+        _origin.pop()
+
+
+def _discover() -> None:
+    """Import the built-in masks and, once, the plugins of other distributions."""
+    global _discovered
+    if _discovered:
+        return
+    _discovered = True
+    with _registering_as("sam-masks"):
+        importlib.import_module("masks.builders")
+    for point in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda p: (p.name, p.value)):
+        origin = f"{point.dist.name} {point.dist.version} ({point.value})" if point.dist else point.value
+        before = set(_registry)
+        try:
+            with _registering_as(origin):
+                point.load()
+        except MaskError as error:
+            _broken[origin] = str(error)
+            _contested.update({name: str(error) for name in before if f"mask {name!r} is already" in str(error)})
+        except Exception as error:  # whatever a plugin raises must not break the others
+            _broken[origin] = f"failed to import: {type(error).__name__}: {error}"
+
+
+def load_plugin(module: str) -> None:
+    """Import a module that registers masks.
+
+    Raises:
+        MaskError: it cannot be imported or takes a name that is already used; none of its masks is kept.
+    """
+    _discover()
+    try:
+        with _registering_as(module):
+            importlib.import_module(module)
+    except MaskError as error:
+        raise MaskError(f"plugin {module}: {error}") from None
+    except Exception as error:
+        raise MaskError(f"plugin {module} failed to import: {type(error).__name__}: {error}") from None
+
+
+def broken_plugins() -> dict[str, str]:
+    """Installed plugins that could not be used, with the reason."""
+    _discover()
+    return dict(_broken)
+
+
+def list_masks() -> tuple[MaskInfo, ...]:
+    """All registered masks, by name."""
+    _discover()
+    return tuple(info for _, info in sorted(_registry.items()))
+
+
+def mask_info(name: str) -> MaskInfo:
+    """The registry's entry for a name.
+
+    Raises:
+        MaskError: unknown (the nearest names are offered), or claimed by two origins.
+    """
+    _discover()
+    if name in _contested:
+        raise MaskError(f"{_contested[name]}, or be uninstalled, before {name!r} can be used")
+    if name not in _registry:
+        message = unknown_name("mask", name, _registry)
+        broken = "".join(f"; plugin {origin} {reason}" for origin, reason in _broken.items())
+        raise MaskError(message + broken)
+    return _registry[name]
+
+
+def build_mask(
+    name: str, context: MaskContext, budget: Budget | None = None, options: Mapping[str, Any] | None = None
+) -> Mask:
+    """Build a registered mask.
+
+    Args:
+        name: its name.
+        context: the model and what is known of it; it is left as it is.
+        budget: required for budgeted masks, refused for masks of natural size.
+        options: see ``sam-masks masks``.
+
+    Returns:
+        The mask, with its provenance.
+
+    Raises:
+        MaskError: an unknown name or option, a missing, superfluous or unreachable budget, missing data, or a
+            builder that did not keep what its budget says.
+    """
+    info = mask_info(name)
+    resolved = info.resolve_options(options or {})
+    if info.kind == "natural" and budget is not None:
+        raise MaskError(f"mask {name} has a natural size and takes no budget")
+    if info.kind == "budgeted":
+        if budget is None:
+            raise MaskError(f"mask {name} needs a budget: a density, or a mask to match")
+        if budget.numel != context.table.numel:
+            raise MaskError(f"the budget counts {budget.numel} coordinates, the model has {context.table.numel}")
+    if info.needs_data and not context.batches:
+        raise MaskError(f"mask {name} is scored on data, and none was given")
+    mask = info.build(context, budget, **resolved)
+    if not isinstance(mask, Mask):
+        raise MaskError(f"the builder of mask {name} ({info.origin}) returned {type(mask).__name__}, not a Mask")
+    context.table.check_same(mask.table, f"the builder of mask {name} ({info.origin}) used another model's table")
+    if budget is not None and mask.num_kept != budget.num_kept:
+        raise MaskError(
+            f"the builder of mask {name} ({info.origin}) kept {mask.num_kept} coordinates, "
+            f"its budget is {budget.num_kept}"
+        )
+    provenance = Provenance(
+        builder=name,
+        options=resolved,
+        seed=context.seed,
+        model_digest=model_digest(context.model),
+        built_at=context.built_at,
+        kind=info.kind,
+    )
+    return replace(mask, provenance=provenance)

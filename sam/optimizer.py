@@ -1,0 +1,426 @@
+"""SAM around any first-order optimizer, under any mask."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.optim import LBFGS, Optimizer
+
+from masks.errors import InputError, unknown_name
+from masks.mask import Mask
+from masks.norm_stats import frozen_statistics, statistics
+from masks.region import Region
+from sam.perturbation import NormScope, Perturbation, Rule, perturbation, total_norm
+
+NormStatistics = Literal["first", "second", "both"]
+OnNonFinite = Literal["skip", "raise"]
+LossFn = Callable[[Any], Tensor]
+
+CHECKPOINT_VERSION = 1
+
+
+class NonFiniteError(ArithmeticError):
+    """A gradient was not finite and ``on_nonfinite="raise"``; the weights are those before the step."""
+
+
+@dataclass(frozen=True, eq=False)
+class StepStats:
+    """What one step did; 0-dim tensors on the model's device, read without a synchronisation until you do.
+
+    Attributes:
+        loss: L(w), of the first pass (of the only pass under an empty mask).
+        perturbed_loss: L(w + eps), of the second pass; equal to ``loss`` under an empty mask.
+        radius: ||eps||_2 over all perturbed coordinates, also for rules whose own norm is another.
+        finite: whether the step was taken; False if a gradient was not finite and the step was skipped.
+    """
+
+    loss: Tensor
+    perturbed_loss: Tensor
+    radius: Tensor
+    finite: Tensor
+
+    @property
+    def ascent(self) -> Tensor:
+        """Ascent strength ``L(w + eps) - L(w)`` on the step's batch."""
+        return self.perturbed_loss - self.loss
+
+
+class SAM(Optimizer):
+    """Sharpness-aware minimization (Foret et al. 2021) of the coordinates that a mask keeps.
+
+    One step: gradient g at w; eps from g by ``rule`` over the mask; gradient at w + eps on the same batch;
+    w restored bit for bit; ``base_optimizer`` steps with the second gradient, which is dense: the mask makes
+    eps sparse, never the update. Weight decay and momentum therefore see the restored weights.
+
+    ``param_groups`` and ``state`` *are* those of the base optimizer, so schedulers, clipping and
+    checkpointing tools see one truth. Each group has a key ``rho``. Per-group radii: the norm is one over the
+    whole mask, and a tensor of group i moves by ``rho_i T^2 g / ||T g||``.
+
+    Args:
+        base_optimizer: an instance of any first-order optimizer over parameters of ``model``.
+        model: the module whose parameters the mask describes.
+        mask: which coordinates are perturbed. An empty one skips the first pass: the base optimizer.
+        rho: radius of groups that do not set their own.
+        rule: metric and norm; default plain L2.
+        norm_scope: "masked": ``||T^-1 eps|| = rho`` over the mask (SAM-ON, arXiv 2306.04226); "full": the
+            gradient is normalised by its norm over all parameters and then masked (Sparse SAM, arXiv
+            2210.05177), so that ``||T^-1 eps|| <= rho``. "full" needs every gradient, so the first pass of
+            :meth:`step_on` is not restricted, and it does not exist for p = infinity.
+        norm_statistics: the pass in which running statistics of normalization layers are updated.
+        replay_rng: draw the same dropout masks in both passes, by resetting the default random generators.
+        on_nonfinite: "skip" counts and skips a step with a non-finite gradient. Fused base optimizers decide
+            that on the device; for others, and in a base optimizer's first step, one scalar is read, which on
+            an accelerator waits for it. "raise" reads that scalar after every step and raises.
+
+    Attributes:
+        stats: :class:`StepStats` of the last step, None before the first.
+        skipped_steps: how many steps were skipped, 0-dim int64 on the device.
+
+    Raises:
+        InputError: a setting that is unknown, out of range or does not go with another; an optimizer that
+            needs more than a gradient; a mask of another model; a masked parameter that the optimizer does
+            not hold.
+    """
+
+    def __init__(
+        self,
+        base_optimizer: Optimizer,
+        model: nn.Module,
+        *,
+        mask: Mask,
+        rho: float = 0.05,
+        rule: Rule | None = None,
+        norm_scope: NormScope = "masked",
+        norm_statistics: NormStatistics = "first",
+        replay_rng: bool = True,
+        on_nonfinite: OnNonFinite = "skip",
+    ) -> None:
+        _check_base(base_optimizer)
+        self.rule = rule or Rule()
+        _check_choice("norm_scope", norm_scope, get_args(NormScope))
+        _check_choice("norm_statistics", norm_statistics, get_args(NormStatistics))
+        _check_choice("on_nonfinite", on_nonfinite, get_args(OnNonFinite))
+        if norm_scope == "full" and self.rule.p == math.inf:
+            raise InputError('norm_scope="full" has no meaning for p = infinity, whose step has no norm; use "masked"')
+        _check_rho(rho)
+        for group in base_optimizer.param_groups:
+            _check_rho(group.get("rho", rho))
+            group.setdefault("rho", rho)
+        self.norm_scope = norm_scope
+        self.norm_statistics = norm_statistics
+        self.replay_rng = replay_rng
+        self.on_nonfinite = on_nonfinite
+        self.model = model
+        self.base_optimizer: Optimizer | None = None
+        super().__init__(base_optimizer.param_groups, {"rho": rho})
+        self.base_optimizer = base_optimizer
+        self._share()
+        self._devices = _devices(p for group in self.param_groups for p in group["params"])
+        self._whole: Region | None = None
+        self.set_mask(mask)
+        self.stats: StepStats | None = None
+        self.skipped_steps = torch.zeros((), dtype=torch.int64, device=self._devices[0])
+        self._base_has_run = bool(base_optimizer.state)
+
+    # -- set-up ---------------------------------------------------------------------------------------------
+
+    def _share(self) -> None:
+        """Let ``param_groups`` and ``state`` be the base optimizer's own objects."""
+        assert self.base_optimizer is not None
+        self.param_groups = self.base_optimizer.param_groups
+        self.state = self.base_optimizer.state
+
+    def set_mask(self, mask: Mask) -> None:
+        """Perturb these coordinates from the next step on.
+
+        Raises:
+            InputError: see the class.
+        """
+        region = Region(mask, self.model)
+        held = {id(p): i for i, group in enumerate(self.param_groups) for p in group["params"]}
+        missing = [piece.row.name for piece, p in zip(region.pieces, region.params, strict=True) if id(p) not in held]
+        if missing:
+            raise InputError(
+                f"the mask touches {len(missing)} parameters that the base optimizer does not hold, "
+                f"the first is {missing[0]}"
+            )
+        self.mask = mask
+        self._region = region
+        self._groups = [held[id(p)] for p in region.params]
+        if self.norm_scope == "full" and not region.is_empty:
+            everything = Mask(mask.table, (True,) * len(mask.table))
+            self._whole = Region(everything, self.model)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the base optimizer; the mask, and so what is perturbed, stays as it is."""
+        if self.base_optimizer is None:  # torch calls this while Optimizer.__init__ runs
+            super().add_param_group(param_group)
+            return
+        param_group.setdefault("rho", self.defaults["rho"])
+        _check_rho(param_group["rho"])
+        self.base_optimizer.add_param_group(param_group)
+
+    # -- the two entries ------------------------------------------------------------------------------------
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step in torch's convention.
+
+        Args:
+            closure: zeroes the gradients, computes the loss, calls ``backward`` and returns the loss. It is
+                called twice (once under an empty mask) and must use the same batch both times.
+
+        Returns:
+            The loss of the first call.
+
+        Raises:
+            InputError: no closure.
+            NonFiniteError: see ``on_nonfinite``.
+        """
+        if closure is None:
+            raise InputError("SAM.step needs a closure that zeroes, runs backward and returns the loss; or use step_on")
+        with torch.enable_grad():
+            return self._step(closure, lambda region: _closure_gradients(closure, region, self.param_groups), closure)
+
+    def step_on(self, loss_fn: LossFn, batch: Any) -> Tensor:
+        """One step on a batch; cheaper than :meth:`step` where the mask spares tensors.
+
+        The first pass asks autograd only for the tensors that the mask touches; their gradients are the same,
+        bit for bit.
+
+        Args:
+            loss_fn: maps ``batch`` to per-example losses, shape (B,), without calling backward.
+            batch: whatever ``loss_fn`` takes.
+
+        Returns:
+            The mean loss of the first pass, 0-dim, detached.
+
+        Raises:
+            InputError: ``loss_fn`` does not return a 1-D floating-point tensor with at least one entry.
+            NonFiniteError: see ``on_nonfinite``.
+        """
+
+        def first(region: Region) -> tuple[Tensor, list[Tensor]]:
+            loss = _mean_loss(loss_fn, batch)
+            gradients = torch.autograd.grad(loss, region.params, allow_unused=True, materialize_grads=True)
+            return loss.detach(), list(gradients)
+
+        def last() -> Tensor:
+            self.zero_grad()
+            loss = _mean_loss(loss_fn, batch)
+            loss.backward()  # type: ignore[no-untyped-call]
+            return loss.detach()
+
+        with torch.enable_grad():
+            self._opt_called = True  # what learning-rate schedulers look at to see that the optimizer ran
+            loss: Tensor = self._step(last, first, last)
+            return loss
+
+    # -- the step -------------------------------------------------------------------------------------------
+
+    def _step(
+        self,
+        only: Callable[[], Any],
+        first: Callable[[Region], tuple[Any, list[Tensor]]],
+        second: Callable[[], Any],
+    ) -> Any:
+        if self._region.is_empty:
+            loss = only()
+            value = _scalar(loss, self._devices[0])
+            zero = torch.zeros((), dtype=torch.float64, device=self._devices[0])
+            finite = self._update(torch.ones((), dtype=torch.bool, device=self._devices[0]))
+            self.stats = StepStats(value, value, zero, finite)
+            return loss
+        buffers = statistics(self.model)
+        rng = _rng_states(self._devices) if self.replay_rng else None
+        with frozen_statistics(buffers) if self.norm_statistics == "second" else nullcontext():
+            loss, gradients = first(self._whole or self._region)
+        perturbed = self._perturbation(gradients)
+        del gradients  # held through the second pass they would cost memory and time
+        if rng is not None:
+            _set_rng_states(rng)
+        with (
+            self._moved(perturbed.values),
+            frozen_statistics(buffers) if self.norm_statistics == "first" else nullcontext(),
+        ):
+            perturbed_loss = second()
+        finite = self._update(perturbed.finite)
+        device = self._devices[0]
+        self.stats = StepStats(_scalar(loss, device), _scalar(perturbed_loss, device), perturbed.radius, finite)
+        return loss
+
+    def _perturbation(self, gradients: Sequence[Tensor]) -> Perturbation:
+        rho = [self.param_groups[i]["rho"] for i in self._groups]
+        if self._whole is None:
+            return perturbation(self.rule, self._region, gradients, rho)
+        touched = [gradients[piece.position] for piece in self._region.pieces]
+        return perturbation(self.rule, self._region, touched, rho, whole=self._whole, whole_gradients=gradients)
+
+    @contextmanager
+    def _moved(self, values: Sequence[Tensor]) -> Iterator[None]:
+        """Inside, the weights are w + eps; on the way out, whatever happens, w again."""
+        saved = self._region.save()
+        try:
+            self._region.add_(values)
+            yield
+        finally:
+            self._region.restore(saved)
+
+    @torch.no_grad()
+    def _update(self, finite: Tensor) -> Tensor:
+        """Step the base optimizer unless a gradient is not finite; returns whether it did."""
+        assert self.base_optimizer is not None
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        finite = finite & torch.isfinite(total_norm(gradients)).to(finite.device)
+        if self.on_nonfinite == "raise" and not bool(finite):
+            raise NonFiniteError("a gradient is not finite (nan or infinite); the weights are those before the step")
+        base: Any = self.base_optimizer
+        if self._base_has_run and getattr(base, "_step_supports_amp_scaling", False):
+            # The protocol of torch.amp.GradScaler: fused kernels read found_inf and do nothing where it is 1.
+            base.found_inf, base.grad_scale = (~finite).float(), None
+            try:
+                base.step()
+            finally:
+                del base.found_inf, base.grad_scale
+        elif bool(finite):
+            base.step()
+            self._base_has_run = True
+        self.skipped_steps += ~finite
+        return finite
+
+    # -- checkpoints ----------------------------------------------------------------------------------------
+
+    def _settings(self) -> dict[str, Any]:
+        return {
+            "rule": repr(self.rule),
+            "norm_scope": self.norm_scope,
+            "norm_statistics": self.norm_statistics,
+            "replay_rng": self.replay_rng,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a bitwise resume needs besides the model and the random generators.
+
+        Keys: ``base`` (the base optimizer's own state, momentum included), ``mask``
+        (:meth:`masks.mask.Mask.state_dict`), ``settings``, ``skipped_steps``, ``version``. Plain tensors and
+        containers: ``torch.load(..., weights_only=True)`` reads it.
+        """
+        assert self.base_optimizer is not None
+        return {
+            "version": CHECKPOINT_VERSION,
+            "base": self.base_optimizer.state_dict(),
+            "mask": self.mask.state_dict(),
+            "settings": self._settings(),
+            "skipped_steps": self.skipped_steps.clone(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any], *, adopt_mask: bool = False) -> None:
+        """Load what :meth:`state_dict` returned.
+
+        Args:
+            state_dict: the checkpoint.
+            adopt_mask: take the checkpoint's mask instead of insisting that it is this optimizer's: for masks
+                that change during training.
+
+        Raises:
+            InputError: not a checkpoint of this class, or one made with another mask, other settings, or
+                another model. Nothing is changed then.
+        """
+        assert self.base_optimizer is not None
+        wanted = {"version", "base", "mask", "settings", "skipped_steps"}
+        if not isinstance(state_dict, dict) or not wanted <= state_dict.keys():
+            raise InputError(f"not a checkpoint of SAM: it needs the keys {', '.join(sorted(wanted))}")
+        if state_dict["version"] != CHECKPOINT_VERSION:
+            raise InputError(f"checkpoint version {state_dict['version']}; this version reads {CHECKPOINT_VERSION}")
+        mask = Mask.from_state_dict(state_dict["mask"])
+        self.mask.table.check_same(mask.table, "the checkpoint is of another model")
+        here, there = self.mask.digest(), mask.digest()
+        if here != there and not adopt_mask:
+            raise InputError(
+                f"the checkpoint was made with another mask: digest {there[:16]} there, {here[:16]} here; "
+                "pass adopt_mask=True to take the checkpoint's"
+            )
+        for name, value in self._settings().items():
+            if state_dict["settings"].get(name) != value:
+                raise InputError(f"the checkpoint was made with {name}={state_dict['settings'].get(name)}, not {value}")
+        try:
+            self.base_optimizer.load_state_dict(state_dict["base"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"the base optimizer's state does not fit: {error}") from None
+        self._share()
+        if here != there:
+            self.set_mask(mask)
+        self.skipped_steps.copy_(state_dict["skipped_steps"])
+        self._base_has_run = bool(self.state)
+
+
+def _check_base(base: Optimizer) -> None:
+    if not isinstance(base, Optimizer):
+        raise InputError(f"base_optimizer must be an instance of torch.optim.Optimizer, got {base!r}")
+    if isinstance(base, (LBFGS, SAM)):
+        raise InputError(f"{type(base).__name__} cannot be the base optimizer: its step is more than one gradient")
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise InputError(unknown_name(name, str(value), choices))
+
+
+def _check_rho(rho: Any) -> None:
+    # The radius may be a 0-dim tensor, so that it can change without a recompilation.
+    if isinstance(rho, bool) or not isinstance(rho, (int, float, Tensor)) or not (0 <= float(rho) < math.inf):
+        raise InputError(f"rho must be a finite number >= 0, got {rho}")
+
+
+def _devices(params: Iterable[Tensor]) -> list[torch.device]:
+    devices = sorted({p.device for p in params}, key=str)
+    if len(devices) > 1:
+        raise InputError(f"the parameters lie on several devices ({', '.join(map(str, devices))}); SAM needs one")
+    return devices
+
+
+def _scalar(loss: Any, device: torch.device) -> Tensor:
+    return torch.as_tensor(loss, device=device).detach()
+
+
+def _mean_loss(loss_fn: LossFn, batch: Any) -> Tensor:
+    losses = loss_fn(batch)
+    if not isinstance(losses, Tensor) or losses.ndim != 1 or not losses.numel() or not losses.is_floating_point():
+        found = f"a tensor of shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
+        raise InputError(f"loss_fn must return per-example losses of shape (batch,), got {found}; use reduction='none'")
+    return losses.mean()
+
+
+def _closure_gradients(
+    closure: Callable[[], Any], region: Region, groups: Sequence[dict[str, Any]]
+) -> tuple[Any, list[Tensor]]:
+    """Run the closure and take its gradients away, so that the second call starts from none."""
+    loss = closure()
+    gradients = []
+    for piece, param in zip(region.pieces, region.params, strict=True):
+        grad = param.grad
+        if grad is not None and grad.is_sparse:
+            raise InputError(f"{piece.row.name} has a sparse gradient, which SAM does not take")
+        gradients.append(torch.zeros_like(param) if grad is None else grad)
+    for group in groups:
+        for param in group["params"]:
+            param.grad = None
+    return loss, gradients
+
+
+def _rng_states(devices: Sequence[torch.device]) -> list[tuple[torch.device, Tensor]]:
+    states = [(torch.device("cpu"), torch.get_rng_state())]
+    return states + [(d, torch.cuda.get_rng_state(d)) for d in devices if d.type == "cuda"]
+
+
+def _set_rng_states(states: Sequence[tuple[torch.device, Tensor]]) -> None:
+    for device, state in states:
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(state, device)
+        else:
+            torch.set_rng_state(state)

@@ -1,0 +1,263 @@
+"""From gradients, parameters and a mask to the perturbation and its norm. Nothing here keeps a state.
+
+Notation: w the masked weights, g their gradient, T the diagonal normaliser of a metric, rho the radius.
+Every rule solves ``max <g, eps>`` subject to ``||T^-1 eps||_p <= rho`` over the mask:
+
+- p = 2: ``eps = rho T^2 g / ||T g||_2``
+- p = inf: ``eps = rho T sign(g)``
+
+T = 1 is SAM (Foret et al. 2021, arXiv 2010.01412, eq. 2); T depending on w is ASAM (Kwon et al. 2021,
+arXiv 2102.11600, eqs. 5 and 6).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from masks.errors import InputError, unknown_name
+from masks.params import ParamRow
+from masks.region import Region, storage_order
+
+NormScope = Literal["masked", "full"]
+BiasConvention = Literal["identity", "adaptive"]
+
+
+@runtime_checkable
+class Metric(Protocol):
+    """The diagonal normaliser T of a rule."""
+
+    def scale(self, row: ParamRow, param: Tensor, weights: Tensor) -> Tensor | None:
+        """T for one tensor.
+
+        Args:
+            row: the tensor's description.
+            param: the whole tensor, also where the mask keeps part of it.
+            weights: its values at the kept coordinates, in the form of :meth:`masks.region.Piece.gather`.
+
+        Returns:
+            A tensor that broadcasts against ``weights``, or None for T = 1.
+        """
+
+
+@dataclass(frozen=True)
+class Identity:
+    """T = 1: plain SAM."""
+
+    def scale(self, row: ParamRow, param: Tensor, weights: Tensor) -> Tensor | None:
+        return None
+
+
+def _check_adaptive(eta: float, bias: BiasConvention) -> None:
+    if not (math.isfinite(eta) and eta >= 0):
+        raise InputError(f"eta must be a finite number >= 0, got {eta}")
+    if bias not in ("identity", "adaptive"):
+        raise InputError(unknown_name("bias convention", str(bias), ["identity", "adaptive"]))
+
+
+@dataclass(frozen=True)
+class Elementwise:
+    """T = |w| + eta per coordinate (Kwon et al. 2021, section 4: element-wise ASAM).
+
+    Args:
+        eta: floor; the paper's code takes 0.01. With 0, weights that are exactly 0 never move.
+        bias: "identity" takes T = 1 for biases, the betas of normalization layers included, as the paper's
+            code does; "adaptive" treats them like weights.
+    """
+
+    eta: float = 0.01
+    bias: BiasConvention = "identity"
+
+    def __post_init__(self) -> None:
+        _check_adaptive(self.eta, self.bias)
+
+    def scale(self, row: ParamRow, param: Tensor, weights: Tensor) -> Tensor | None:
+        if row.is_bias and self.bias == "identity":
+            return None
+        return weights.abs().add_(self.eta)
+
+
+@dataclass(frozen=True)
+class Layerwise:
+    """T = ||W||_F + eta, one number per tensor, taken from the whole tensor (layer-wise ASAM).
+
+    Args:
+        eta: floor, default 0.
+        bias: see :class:`Elementwise`.
+    """
+
+    eta: float = 0.0
+    bias: BiasConvention = "identity"
+
+    def __post_init__(self) -> None:
+        _check_adaptive(self.eta, self.bias)
+
+    def scale(self, row: ParamRow, param: Tensor, weights: Tensor) -> Tensor | None:
+        if row.is_bias and self.bias == "identity":
+            return None
+        return (total_norm([param]) + self.eta).to(param.dtype)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A metric and a norm: how a gradient becomes a perturbation.
+
+    Args:
+        metric: T.
+        p: 2 or infinity.
+
+    Raises:
+        InputError: p is neither.
+    """
+
+    metric: Metric = Identity()
+    p: float = 2
+
+    def __post_init__(self) -> None:
+        if self.p not in (2, math.inf):
+            raise InputError(f"p must be 2 or infinity, got {self.p}")
+
+    @classmethod
+    def named(cls, name: str, *, eta: float | None = None, bias: BiasConvention = "identity") -> Rule:
+        """The rule of a name in ``RULE_NAMES``.
+
+        Args:
+            name: "l2", "linf", or either with the prefix "elementwise_" or "layerwise_".
+            eta: floor of an adaptive metric; None takes the metric's default.
+            bias: bias convention of an adaptive metric.
+
+        Raises:
+            InputError: unknown name, or ``eta`` or ``bias`` given for a rule without a metric.
+        """
+        if name not in RULE_NAMES:
+            raise InputError(unknown_name("rule", name, RULE_NAMES))
+        metric_name, _, norm = name.rpartition("_")
+        p = 2 if norm == "l2" else math.inf
+        if not metric_name:
+            if eta is not None or bias != "identity":
+                raise InputError(f"rule {name!r} takes neither eta nor a bias convention; an adaptive rule does")
+            return cls(Identity(), p)
+        metric = Elementwise if metric_name == "elementwise" else Layerwise
+        return cls(metric(bias=bias) if eta is None else metric(eta, bias), p)
+
+
+RULE_NAMES = ("l2", "linf", "elementwise_l2", "elementwise_linf", "layerwise_l2", "layerwise_linf")
+
+
+@dataclass(frozen=True, eq=False)
+class Perturbation:
+    """A perturbation of a region.
+
+    Attributes:
+        values: eps, one tensor per piece of the region, in the piece's form.
+        radius: ``||eps||_2``, 0-dim float64.
+        finite: whether the gradient was finite, 0-dim bool; where it was not, eps is zero.
+    """
+
+    values: list[Tensor]
+    radius: Tensor
+    finite: Tensor
+
+
+_CHUNK = 4096
+_LONG = 65536
+
+
+def total_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """The Euclidean norm of all entries of all tensors, 0-dim float64 on their device.
+
+    On CPUs, torch's float32 norm of 1e7 entries is wrong by 4e-4, and asking it for float64 costs 30 times
+    as much: long tensors are summed in chunks of 4,096, the chunks in float64 (relative error about 1e-8).
+    """
+    if not tensors:
+        return torch.zeros((), dtype=torch.float64)
+    short: list[Tensor] = []
+    norms: list[Tensor] = []
+    for tensor in tensors:
+        if tensor.numel() <= _LONG or tensor.device.type != "cpu":
+            short.append(tensor)
+            continue
+        flat = storage_order(tensor)
+        even = flat.numel() // _CHUNK * _CHUNK
+        norms.append(torch.linalg.vector_norm(flat[:even].view(-1, _CHUNK), dim=1))
+        short.append(flat[even:])
+    norms.append(torch.stack(torch._foreach_norm(short)))
+    norm: Tensor = torch.linalg.vector_norm(torch.cat(norms).double())
+    return norm
+
+
+def _scales(rule: Rule, region: Region) -> list[Tensor | None]:
+    weights = region.weights()
+    return [rule.metric.scale(p.row, p.param, w) for p, w in zip(region.pieces, weights, strict=True)]
+
+
+def _times(tensors: Sequence[Tensor], scales: Sequence[Tensor | None]) -> list[Tensor]:
+    return [t if s is None else t * s for t, s in zip(tensors, scales, strict=True)]
+
+
+@torch.no_grad()
+def perturbation(
+    rule: Rule,
+    region: Region,
+    gradients: Sequence[Tensor],
+    rho: Sequence[float | Tensor] | float,
+    *,
+    whole: Region | None = None,
+    whole_gradients: Sequence[Tensor] = (),
+) -> Perturbation:
+    """The perturbation of the masked weights; no device synchronisation on an accelerator.
+
+    A zero gradient gives no move and no NaN; a non-finite one gives no move and ``finite`` = False.
+
+    Args:
+        rule: metric and norm.
+        region: the mask bound to the model.
+        gradients: the gradient of every tensor that the mask touches (whole tensors, one per piece); they are
+            not changed.
+        rho: radius, or one radius per piece: the norm is always one over all pieces, and piece i moves by
+            ``rho_i T^2 g / ||T g||``.
+        whole: for ``norm_scope="full"``: the region of all parameters, over which the norm is then taken
+            (Mi et al. 2022, Sparse SAM), so that ``||T^-1 eps|| <= rho``.
+        whole_gradients: the gradients of ``whole``.
+    """
+    masked = region.gather(gradients)
+    scales = _scales(rule, region)
+    radii = list(rho) if isinstance(rho, Sequence) else [rho] * len(masked)
+    scaled = _times(masked, scales)  # T g
+    if whole is None:
+        norm = total_norm(scaled)
+    else:
+        norm = total_norm(_times(whole.gather(whole_gradients), _scales(rule, whole)))
+    if rule.p == 2:
+        # 1 / norm where there is a direction, else 0: no epsilon, so the radius is rho to rounding.
+        inverse = torch.where(norm > 0, norm.reciprocal(), 0.0)
+        directions = _times(scaled, scales)
+    else:
+        inverse = torch.ones_like(norm)
+        directions = _times([g.sign() for g in masked], scales)
+    finite = torch.isfinite(norm)
+    values = _where(finite, torch._foreach_mul(directions, _factors(inverse, radii, directions))) if directions else []
+    return Perturbation(values, total_norm(values).to(norm.device), finite)
+
+
+def _factors(inverse: Tensor, radii: Sequence[float | Tensor], like: Sequence[Tensor]) -> list[Tensor]:
+    """``rho_i / norm`` in the dtype of each tensor; one 0-dim tensor per distinct radius."""
+    made: dict[object, Tensor] = {}
+    out = []
+    for rho, tensor in zip(radii, like, strict=True):
+        key = (id(rho) if isinstance(rho, Tensor) else rho, tensor.dtype)
+        if key not in made:
+            made[key] = (inverse * rho).to(tensor.dtype)
+        out.append(made[key])
+    return out
+
+
+def _where(condition: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+    if condition.device.type == "cpu":  # reading a CPU scalar costs nothing; a copy of every tensor would
+        return list(tensors) if bool(condition) else [torch.zeros_like(t) for t in tensors]
+    return [torch.where(condition, t, 0) for t in tensors]
