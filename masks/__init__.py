@@ -2,7 +2,7 @@
 
 from masks.budget import Budget
 from masks.context import Batch, LossFn, MaskContext, cross_entropy
-from masks.errors import InputError, MaskError, MaskFileError
+from masks.errors import BuilderError, InputError, MaskError, MaskFileError
 from masks.mask import LayerCount, Mask, Part, Provenance
 from masks.params import ParamRow, ParamTable, Role, register_norm_type
 from masks.region import Region
@@ -24,6 +24,7 @@ from masks.spec import MaskSpec
 __all__ = [
     "Batch",
     "Budget",
+    "BuilderError",
     "InputError",
     "LayerCount",
     "LossFn",

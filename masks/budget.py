@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING
@@ -29,14 +30,19 @@ class Budget:
     """Exactly ``num_kept`` of ``numel`` coordinates.
 
     Raises:
-        MaskError: ``num_kept`` is negative or more than ``numel``.
+        MaskError: ``num_kept`` is negative, more than ``numel`` or not a whole number; or ``numel`` is 0.
     """
 
     num_kept: int
     numel: int
 
     def __post_init__(self) -> None:
-        if not 0 <= self.num_kept <= self.numel:
+        for name in ("num_kept", "numel"):
+            try:
+                object.__setattr__(self, name, operator.index(getattr(self, name)))
+            except TypeError:
+                raise MaskError(f"{name} must be a whole number, got {getattr(self, name)!r}") from None
+        if not 0 <= self.num_kept <= self.numel or not self.numel:
             raise MaskError(f"cannot keep {self.num_kept} of {self.numel} coordinates")
 
     @classmethod
@@ -56,7 +62,7 @@ class Budget:
         if (kept == 0) != (exact == 0) or (kept == numel) != (exact == 1):
             raise MaskError(
                 f"density {density} of {numel} coordinates is out of reach: it would keep {kept}; "
-                f"the steps are multiples of {1 / numel:.3g}"
+                f"the steps are multiples of 1/{numel}"
             )
         return cls(kept, numel)
 

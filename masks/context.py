@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from masks.errors import MaskError
 from masks.norm_stats import reestimated_copy
-from masks.params import ParamTable
+from masks.params import ParamTable, model_digest
 
 Batch = tuple[Tensor, Tensor]
 LossFn = Callable[[Tensor, Tensor], Tensor]
@@ -42,7 +42,7 @@ class MaskContext:
     loss: LossFn = cross_entropy
     seed: int = 0
     built_at: str = "init"
-    _twin: list[nn.Module] = field(default_factory=list, init=False, repr=False)
+    _twin: dict[str, nn.Module] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         table = ParamTable.from_model(self.model)
@@ -69,13 +69,16 @@ class MaskContext:
         """A copy in evaluation mode whose running statistics are those of the batches.
 
         Scores taken with statistics that have seen no data, or other weights' data, rank layers by an
-        artefact (at initialization only 28 % of a Fisher mask survives the re-estimation).
+        artefact (at initialization only 28 % of a Fisher mask survives the re-estimation). The copy is kept
+        for the next mask of this context, as long as the model's state is the same.
 
         Raises:
             MaskError: there are no batches.
         """
         if not self.batches:
             raise MaskError("this mask is scored on data, and none was given")
-        if not self._twin:
-            self._twin.append(reestimated_copy(self.model, (x for x, _ in self.batches)))
-        return self._twin[0]
+        state = model_digest(self.model)
+        if state not in self._twin:
+            self._twin.clear()
+            self._twin[state] = reestimated_copy(self.model, (x for x, _ in self.batches))
+        return self._twin[state]

@@ -18,6 +18,10 @@ class MaskError(InputError):
     """A mask, a budget or a mask builder cannot do what was asked of it."""
 
 
+class BuilderError(MaskError):
+    """A registered builder broke its contract: the fault of its author, not of what was asked."""
+
+
 class MaskFileError(MaskError):
     """A mask file is truncated, damaged or not a mask file."""
 

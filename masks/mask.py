@@ -6,8 +6,6 @@ import hashlib
 import io
 import json
 import os
-import zipfile
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -67,7 +65,7 @@ class Mask:
     Args:
         table: the parameters.
         parts: one :data:`Part` per row. A boolean tensor that is all True or all False becomes a plain bool,
-            so that equal masks are stored equally.
+            so that equal masks are stored equally; of a tensor without entries nothing is kept (False).
         provenance: how it came to be.
 
     Two masks are equal if they keep the same coordinates of the same table; provenance does not count.
@@ -98,6 +96,8 @@ class Mask:
                 part = part.detach().clone() if 0 < count < row.numel else count > 0
             elif not isinstance(part, bool):
                 raise MaskError(f"the part for {row.name} must be a bool or a bool tensor, got {type(part).__name__}")
+            if row.numel == 0:
+                part = False
             counts.append(count if isinstance(part, Tensor) else row.numel * part)
             parts.append(part)
         object.__setattr__(self, "parts", tuple(parts))
@@ -240,13 +240,14 @@ class Mask:
         """
         try:
             with np.load(path, allow_pickle=False) as file:
-                state = {key: file[key] for key in file.files}
+                state = {key: torch.from_numpy(file[key]) for key in ("meta", "states", "bits")}
         except OSError as error:
             raise MaskFileError(f"cannot read mask file {path}: {error.strerror or error}") from None
-        except (ValueError, zipfile.BadZipFile, EOFError, KeyError, zlib.error) as error:
-            raise MaskFileError(f"{path} is not a mask file, or is truncated: {error}") from None
+        except Exception as error:  # numpy and zipfile answer a damaged file with a dozen kinds of exceptions
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise MaskFileError(f"{path} is not a mask file, or is truncated ({reason})") from None
         try:
-            mask = cls.from_state_dict({k: torch.from_numpy(v) for k, v in state.items()})
+            mask = cls.from_state_dict(state)
         except MaskFileError as error:
             raise MaskFileError(f"{path}: {error}") from None
         if table is not None:
@@ -271,13 +272,14 @@ class Mask:
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Tensor]) -> Mask:
-        """The inverse of :meth:`state_dict`.
+        """The inverse of :meth:`state_dict`, from tensors on any device.
 
         Raises:
             MaskFileError: not the state of a mask, or its content does not have the digest it states.
         """
         try:
-            meta = json.loads(state["meta"].numpy().tobytes())
+            text, states, packed = (state[key].cpu().numpy() for key in ("meta", "states", "bits"))
+            meta = json.loads(text.tobytes())
             if meta["format"] != FORMAT:
                 raise MaskFileError(f"format {meta['format']!r}; this version reads {FORMAT!r}")
             rows = tuple(
@@ -285,22 +287,25 @@ class Mask:
                 for row in meta["rows"]
             )
             table = ParamTable(rows, meta["frozen_numel"])
-            sizes = [row.numel for row, code in zip(rows, state["states"].tolist(), strict=True) if code == _SOME]
-            bits = np.unpackbits(state["bits"].numpy(), count=sum(sizes)).astype(bool)
+            sizes = [row.numel for row, code in zip(rows, states, strict=True) if code == _SOME]
+            bits = np.unpackbits(packed, count=sum(sizes)).astype(bool)
             chunks = iter(torch.split(torch.from_numpy(bits), sizes) if sizes else ())
             parts = tuple(
-                next(chunks).reshape(row.shape) if code == _SOME else code == _ALL
-                for row, code in zip(rows, state["states"].tolist(), strict=True)
+                next(chunks).reshape(row.shape) if code == _SOME else bool(code == _ALL)
+                for row, code in zip(rows, states, strict=True)
             )
-            mask = cls(table, parts, Provenance(**meta["provenance"]))
+            provenance = Provenance(**meta["provenance"])
+            # JSON has no tuples, and options no lists.
+            options = {k: tuple(v) if isinstance(v, list) else v for k, v in provenance.options.items()}
+            mask = cls(table, parts, replace(provenance, options=options))
+            stated = str(meta["digest"])
         except MaskFileError:
             raise
-        except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-            raise MaskFileError(f"not the state of a mask ({type(error).__name__}: {error})") from None
-        if mask.digest() != meta["digest"]:
-            raise MaskFileError(
-                f"damaged: its content has digest {mask.digest()[:12]}, it states {meta['digest'][:12]}"
-            )
+        except (KeyError, ValueError, TypeError, AttributeError, RuntimeError, OverflowError, MemoryError) as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise MaskFileError(f"not the state of a mask ({reason})") from None
+        if mask.digest() != stated:
+            raise MaskFileError(f"damaged: its content has digest {mask.digest()[:12]}, it states {stated[:12]}")
         return mask
 
     @classmethod

@@ -47,7 +47,8 @@ def reestimated_copy(model: nn.Module, inputs: Iterable[Tensor]) -> nn.Module:
         inputs: batches of inputs; their statistics are averaged with equal weight per batch.
 
     Raises:
-        MaskError: the model cannot be copied, or there is no batch though it has running statistics.
+        MaskError: the model cannot be copied; or it has running statistics and there is no batch, one of a
+            single example, or a layer whose statistics cannot be reset.
     """
     try:
         twin = copy.deepcopy(model)
@@ -55,7 +56,16 @@ def reestimated_copy(model: nn.Module, inputs: Iterable[Tensor]) -> nn.Module:
         raise MaskError(f"the model cannot be copied for scoring: {error}") from None
     twin.zero_grad(set_to_none=True)
     twin.eval()
-    tracking = [m for _, m in norm_modules(twin) if getattr(m, "running_mean", None) is not None]
+    tracking = []
+    for name, module in norm_modules(twin):
+        if getattr(module, "running_mean", None) is None:
+            continue
+        if not (hasattr(module, "momentum") and hasattr(module, "reset_running_stats")):
+            raise MaskError(
+                f"the running statistics of {name} ({type(module).__name__}) cannot be re-estimated: its class needs "
+                "momentum and reset_running_stats(), as torch's BatchNorm has them"
+            )
+        tracking.append(module)
     if not tracking:
         return twin
     momenta = [m.momentum for m in tracking]
@@ -69,7 +79,12 @@ def reestimated_copy(model: nn.Module, inputs: Iterable[Tensor]) -> nn.Module:
             for module in tracking:
                 # InstanceNorm knows no cumulative average (momentum=None): weigh each batch 1/n by hand.
                 module.momentum = 1.0 / batches  # type: ignore[assignment]
-            twin(x)
+            try:
+                twin(x)
+            except ValueError as error:  # torch's "more than 1 value per channel", for a batch of one example
+                raise MaskError(
+                    f"running statistics cannot be re-estimated on a batch of shape {tuple(x.shape)}: {error}"
+                ) from error
     if not batches:
         raise MaskError("running statistics can only be re-estimated on at least one batch; none was given")
     for module, momentum in zip(tracking, momenta, strict=True):

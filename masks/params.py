@@ -84,14 +84,21 @@ class ParamRow:
         return self.role in ("bias", "norm_bias")
 
 
+def _is_layer_of_torch(module: nn.Module) -> bool:
+    bases = {cls.__module__ for cls in type(module).__mro__} - {"torch.nn.modules.module", "torch.nn.modules.container"}
+    return any(base.startswith("torch.nn.") for base in bases)
+
+
 def _role(module: nn.Module, local_name: str, shape: tuple[int, ...]) -> Role:
     if isinstance(module, _norm_types):
         return "norm_bias" if local_name == "bias" else "norm_weight"
-    if len(shape) == 1 and (local_name.startswith("bias") or local_name.endswith("bias")):
+    if len(shape) <= 1 and (local_name.startswith("bias") or local_name.endswith("bias")):
         return "bias"
-    # A class of torch or a leaf holds a layer's weight; a parameter put directly on a composite is a token,
-    # a position embedding, a layer scale.
-    if type(module).__module__.startswith("torch.nn.") or not any(True for _ in module.children()):
+    if isinstance(module, nn.MultiheadAttention) and local_name in ("bias_k", "bias_v"):  # of shape (1, 1, E)
+        return "bias"
+    # A layer of torch (or a subclass) or a leaf holds a layer's weight; a parameter put directly on a composite is
+    # a token, a position embedding, a layer scale.
+    if _is_layer_of_torch(module) or not any(True for _ in module.children()):
         return "weight" if len(shape) >= 2 or local_name.startswith("weight") else "other"
     return "other"
 
@@ -122,7 +129,7 @@ class ParamTable:
                 over such a table does not fit the trainable one.
 
         Raises:
-            MaskError: the model has no eligible parameter, or a lazy one that has no shape yet.
+            MaskError: the model has no eligible coordinate, or a lazy parameter that has no shape yet.
         """
         names: dict[int, list[str]] = {}
         for name, param in model.named_parameters(remove_duplicate=False):
@@ -147,7 +154,7 @@ class ParamTable:
                     aliases=tuple(n for n in names[id(param)] if n != name),
                 )
             )
-        if not rows:
+        if not any(row.numel for row in rows):
             raise MaskError(f"the model has no trainable parameter ({frozen} frozen coordinates)")
         return cls(tuple(rows), frozen)
 
@@ -236,11 +243,17 @@ def rows_matching(
 
 
 def model_digest(model: nn.Module) -> str:
-    """Hex SHA-256 of all parameters and buffers: the state in which a mask was built."""
+    """Hex SHA-256 of all parameters and buffers of the state dict: the state in which a mask was built.
+
+    Raises:
+        MaskError: the model is on the meta device and has no values.
+    """
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         if not isinstance(tensor, Tensor):
             continue
+        if tensor.is_meta:
+            raise MaskError(f"{name} is on the meta device and has no values; build the model on a real one")
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

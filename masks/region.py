@@ -117,6 +117,19 @@ class Region:
         """Whether the mask is made of whole tensors only."""
         return all(piece.is_whole for piece in self.pieces)
 
+    @property
+    def is_current(self) -> bool:
+        """Whether the parameters lie where they lay: ``module.to(...)`` moves them, also to another layout.
+
+        The region of parameters that moved must be made anew: it would act on their old storage.
+        """
+        return all(
+            param.data_ptr() == piece.param.data_ptr()
+            and param.stride() == piece.param.stride()
+            and param.requires_grad
+            for piece, param in zip(self.pieces, self.params, strict=True)
+        )
+
     def gather(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The values of tensors given one per piece, each of the shape of the piece's parameter."""
         return [piece.gather(tensor) for piece, tensor in zip(self.pieces, tensors, strict=True)]

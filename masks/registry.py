@@ -16,7 +16,7 @@ from torch import Tensor
 
 from masks.budget import Budget
 from masks.context import MaskContext
-from masks.errors import MaskError, unknown_name
+from masks.errors import BuilderError, MaskError, unknown_name
 from masks.mask import Mask, Provenance
 from masks.params import model_digest
 from masks.schedule import EVERY_EPOCH, INIT, Schedule
@@ -58,20 +58,33 @@ class Option:
 _WRONG = object()
 
 
+def option_text(value: Any) -> str:
+    """An option's value as it is written on the command line: ``true``, ``none``, ``a+b``."""
+    if isinstance(value, tuple):
+        return "+".join(map(option_text, value))
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
 def _convert(value: Any, wanted: Any) -> Any:
     origin = get_origin(wanted)
     if origin is Literal:
-        return value if value in get_args(wanted) else _WRONG
+        same = [arg for arg in get_args(wanted) if type(arg) is type(value) and arg == value]
+        return next(iter(same or [arg for arg in get_args(wanted) if option_text(arg) == value]), _WRONG)
     if origin in (typing.Union, types.UnionType):
         if value is None or value == "none":
             return None if type(None) in get_args(wanted) else _WRONG
         found = [_convert(value, arm) for arm in get_args(wanted) if arm is not type(None)]
         return next((item for item in found if item is not _WRONG), _WRONG)
     if origin is tuple:
-        items = value.split("+") if isinstance(value, str) else value
+        items = (value.split("+") if value else ()) if isinstance(value, str) else value
         if not isinstance(items, (list, tuple)):
             return _WRONG
-        out = tuple(_convert(item, get_args(wanted)[0]) for item in items)
+        arms = get_args(wanted)
+        if arms[-1] is Ellipsis:
+            arms = arms[:1] * len(items)
+        if len(arms) != len(items):
+            return _WRONG
+        out = tuple(map(_convert, items, arms))
         return _WRONG if _WRONG in out else out
     if wanted is bool:
         return {"true": True, "false": False}.get(str(value).lower(), _WRONG)
@@ -80,7 +93,7 @@ def _convert(value: Any, wanted: Any) -> Any:
     if wanted in (int, float) and not isinstance(value, bool):
         try:
             return wanted(value) if wanted is float or str(value) == str(int(value)) else _WRONG
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             return _WRONG
     return _WRONG
 
@@ -132,19 +145,32 @@ _registry: dict[str, MaskInfo] = {}
 _contested: dict[str, str] = {}
 _broken: dict[str, str] = {}
 _origin: list[str] = []
+_builtins_loaded = False
 _discovered = False
 
 
 def _options(fn: Callable[..., Any], reserved: int) -> tuple[Option, ...]:
     hints = typing.get_type_hints(fn)
     out = []
-    for i, (name, parameter) in enumerate(inspect.signature(fn).parameters.items()):
-        if i < reserved:
-            continue
+    parameters = list(inspect.signature(fn).parameters.items())
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    if [p.kind in positional for _, p in parameters[:reserved]] != [True] * reserved:
+        raise MaskError(f"{fn.__qualname__} must take {('context', 'context and budget')[reserved - 1]} by position")
+    for name, parameter in parameters[reserved:]:
         if parameter.kind is not parameter.KEYWORD_ONLY or parameter.default is parameter.empty or name not in hints:
             raise MaskError(f"argument {name} of {fn.__qualname__} must be keyword-only, with a type and a default")
-        out.append(Option(name, hints[name], parameter.default))
+        option = Option(name, hints[name], parameter.default)
+        out.append(replace(option, default=option.convert(parameter.default, f"(default of {fn.__qualname__})")))
     return tuple(out)
+
+
+def _origin_of(fn: Callable[..., Any]) -> str:
+    if _origin:
+        return _origin[-1]
+    if fn.__module__.startswith("masks.builders."):
+        return "sam-masks"
+    _load_builtins()  # whoever comes first, the names of the built-in masks are taken
+    return fn.__module__
 
 
 def _register(info: MaskInfo, fn: Callable[..., Any]) -> None:
@@ -179,12 +205,18 @@ def register_mask(
     """
 
     def decorate(fn: BuilderFn) -> BuilderFn:
-        origin = _origin[-1] if _origin else fn.__module__
-        info = MaskInfo(name, kind, summary, source, origin, _options(fn, 2), needs_data, schedule, fn)
+        info = MaskInfo(name, kind, summary, source, _origin_of(fn), _options(fn, 2), needs_data, schedule, fn)
         _register(info, fn)
         return fn
 
     return decorate
+
+
+_SCORE_OPTIONS = (
+    Option("order", Literal["largest", "smallest"], "largest"),
+    Option("scope", Literal["global", "per_layer"], "global"),
+    Option("exclude_norm", bool, False),
+)
 
 
 def register_score(
@@ -220,14 +252,14 @@ def register_score(
             return Mask(context.table, parts)
 
         build.__wrapped__ = fn  # type: ignore[attr-defined]
-        options = (
-            *_options(fn, 1),
-            Option("order", Literal["largest", "smallest"], "largest"),
-            Option("scope", Literal["global", "per_layer"], "global"),
-            Option("exclude_norm", bool, False),
+        own = _options(fn, 1)
+        for option in own:
+            if option.name in {common.name for common in _SCORE_OPTIONS}:
+                raise MaskError(f"score {name!r} cannot have an option {option.name}: every score mask has one")
+        info = MaskInfo(
+            name, "budgeted", summary, source, _origin_of(fn), own + _SCORE_OPTIONS, needs_data, schedule, build
         )
-        origin = _origin[-1] if _origin else fn.__module__
-        _register(MaskInfo(name, "budgeted", summary, source, origin, options, needs_data, schedule, build), fn)
+        _register(info, fn)
         return fn
 
     return decorate
@@ -248,14 +280,21 @@ def _registering_as(origin: str) -> Iterator[None]:
         _origin.pop()
 
 
+def _load_builtins() -> None:
+    global _builtins_loaded
+    if not _builtins_loaded:
+        with _registering_as("sam-masks"):
+            importlib.import_module("masks.builders")
+        _builtins_loaded = True
+
+
 def _discover() -> None:
     """Import the built-in masks and, once, the plugins of other distributions."""
     global _discovered
     if _discovered:
         return
+    _load_builtins()
     _discovered = True
-    with _registering_as("sam-masks"):
-        importlib.import_module("masks.builders")
     for point in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda p: (p.name, p.value)):
         origin = f"{point.dist.name} {point.dist.version} ({point.value})" if point.dist else point.value
         before = set(_registry)
@@ -328,8 +367,8 @@ def build_mask(
         The mask, with its provenance.
 
     Raises:
-        MaskError: an unknown name or option, a missing, superfluous or unreachable budget, missing data, or a
-            builder that did not keep what its budget says.
+        MaskError: an unknown name or option, a missing, superfluous or unreachable budget, or missing data.
+        BuilderError: a builder that did not keep what its budget says, or did not return a mask of the model.
     """
     info = mask_info(name)
     resolved = info.resolve_options(options or {})
@@ -344,10 +383,13 @@ def build_mask(
         raise MaskError(f"mask {name} is scored on data, and none was given")
     mask = info.build(context, budget, **resolved)
     if not isinstance(mask, Mask):
-        raise MaskError(f"the builder of mask {name} ({info.origin}) returned {type(mask).__name__}, not a Mask")
-    context.table.check_same(mask.table, f"the builder of mask {name} ({info.origin}) used another model's table")
+        raise BuilderError(f"the builder of mask {name} ({info.origin}) returned {type(mask).__name__}, not a Mask")
+    try:
+        context.table.check_same(mask.table, f"the builder of mask {name} ({info.origin}) used another model's table")
+    except MaskError as error:
+        raise BuilderError(str(error)) from None
     if budget is not None and mask.num_kept != budget.num_kept:
-        raise MaskError(
+        raise BuilderError(
             f"the builder of mask {name} ({info.origin}) kept {mask.num_kept} coordinates, "
             f"its budget is {budget.num_kept}"
         )

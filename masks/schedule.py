@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from masks.errors import MaskError
 
+Kind = Literal["init", "after", "every"]
+Unit = Literal["epoch", "step"]
 _TEXT = re.compile(r"(after|every)=(\d+)(steps?|epochs?)?")
 
 
@@ -19,19 +21,21 @@ class Schedule:
         kind: "init" builds once, before the first step. "after" builds once, after ``n`` epochs or steps;
             until then nothing is perturbed. "every" builds at the start and after every ``n``.
         n: see ``kind``; 0 for "init".
-        unit: "epoch" or "step".
+        unit: "epoch" or "step"; "epoch" for "init".
 
     Raises:
-        MaskError: n is negative, or 0 for "every".
+        MaskError: an unknown kind or unit; n is negative, or 0 for "every"; n or a unit for "init".
     """
 
-    kind: Literal["init", "after", "every"] = "init"
+    kind: Kind = "init"
     n: int = 0
-    unit: Literal["epoch", "step"] = "epoch"
+    unit: Unit = "epoch"
 
     def __post_init__(self) -> None:
-        if self.n < (self.kind == "every") or (self.kind == "init" and self.n):
-            raise MaskError(f"schedule {self.kind!r} cannot have n={self.n}")
+        if self.kind not in get_args(Kind) or self.unit not in get_args(Unit):
+            raise MaskError(f"a schedule is init, after or every, in units of epoch or step; got {self!r}")
+        if self.n < (self.kind == "every") or (self.kind == "init" and (self.n or self.unit != "epoch")):
+            raise MaskError(f"schedule {self.kind!r} cannot have n={self.n} in units of {self.unit}")
 
     @classmethod
     def parse(cls, text: str) -> Schedule:
@@ -45,7 +49,7 @@ class Schedule:
         match = _TEXT.fullmatch(text)
         if not match:
             raise MaskError(f"unknown schedule {text!r}; write init, after=N or every=N, with N epochs or Nsteps")
-        unit: Literal["epoch", "step"] = "step" if (match[3] or "").startswith("step") else "epoch"
+        unit: Unit = "step" if (match[3] or "").startswith("step") else "epoch"
         return cls("after" if match[1] == "after" else "every", int(match[2]), unit)
 
     def __str__(self) -> str:

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from masks.context import MaskContext
 from masks.errors import MaskError
@@ -16,18 +17,19 @@ Labels = Literal["data", "model"]
 _CHUNK_BYTES = 2**28
 
 
+@torch.enable_grad()
 def mean_gradient(context: MaskContext) -> list[Tensor]:
     """Gradient of the mean loss over all examples of the context, one tensor per row.
 
     Raises:
-        MaskError: no data, or a loss that is not finite.
+        MaskError: no data, a loss that is not one value per example, or a gradient that is not finite.
     """
     model = context.scoring_model()
     params = context.table.tensors(model)
     total = [torch.zeros_like(p, requires_grad=False) for p in params]
     count = 0
     for x, y in context.batches:
-        losses = context.loss(model(x), y)
+        losses = _losses(context, model(x), y)
         gradients = torch.autograd.grad(losses.sum(), params, allow_unused=True, materialize_grads=True)
         torch._foreach_add_(total, gradients)
         count += len(losses)
@@ -47,7 +49,8 @@ def mean_squared_gradients(context: MaskContext, labels: Labels) -> list[Tensor]
     one example at a time.
 
     Raises:
-        MaskError: no data, or a gradient that is not finite.
+        MaskError: no data, a loss that is not one value per example, or a gradient or output that is not
+            finite.
     """
     model = context.scoring_model()
     params = context.table.tensors(model)
@@ -66,9 +69,21 @@ def mean_squared_gradients(context: MaskContext, labels: Labels) -> list[Tensor]
     return total
 
 
+def _losses(context: MaskContext, logits: Tensor, y: Tensor) -> Tensor:
+    losses = context.loss(logits, y)
+    if losses.shape != y.shape[:1]:
+        raise MaskError(
+            f"the loss must return one value per example (reduction='none'): for {len(y)} examples it returned "
+            f"shape {tuple(losses.shape)}"
+        )
+    return losses
+
+
 def _sampled_labels(model: nn.Module, x: Tensor, generator: torch.Generator) -> Tensor:
     with torch.no_grad():
         probabilities = model(x).softmax(1).double().cpu()
+    if not bool(torch.isfinite(probabilities).all()):
+        raise MaskError("the model's outputs on the scoring data are not finite: training has diverged")
     return torch.multinomial(probabilities, 1, generator=generator).squeeze(1).to(x.device)
 
 
@@ -80,16 +95,20 @@ def _per_example(
 
     def loss(values: tuple[Tensor, ...], xi: Tensor, yi: Tensor) -> Tensor:
         logits = functional_call(model, dict(zip(names, values, strict=True)), (xi[None],))
-        return context.loss(logits, yi[None]).sum()
+        return _losses(context, logits, yi[None]).sum()
 
     try:
         values = tuple(p.detach() for p in params)
-        yield vmap(grad(loss), in_dims=(None, 0, 0))(values, x, y)
+        # The fused attention kernels have no batching rule: vmap would run them one example at a time.
+        with sdpa_kernel(SDPBackend.MATH):
+            gradients = vmap(grad(loss), in_dims=(None, 0, 0))(values, x, y)
+        yield gradients
     except (RuntimeError, ValueError, NotImplementedError):
         # Data-dependent control flow, in-place updates, operations without a batching rule.
         for xi, yi in zip(x, y, strict=True):
-            losses = context.loss(model(xi[None]), yi[None])
-            one = torch.autograd.grad(losses.sum(), params, allow_unused=True, materialize_grads=True)
+            with torch.enable_grad():
+                losses = _losses(context, model(xi[None]), yi[None])
+                one = torch.autograd.grad(losses.sum(), params, allow_unused=True, materialize_grads=True)
             yield tuple(g[None] for g in one)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from masks.errors import MaskError
+from masks.errors import BuilderError, MaskError
 from masks.mask import Part
 from masks.params import ParamTable
 
@@ -16,19 +16,21 @@ def check_scores(table: ParamTable, scores: Sequence[Tensor]) -> None:
     """Raise unless there is one score per coordinate and none is NaN.
 
     Raises:
-        MaskError: which tensor is wrong, and how.
+        BuilderError: which tensor is wrong, and how.
     """
+    if not isinstance(scores, Sequence):
+        raise BuilderError(f"a score function must return a list of tensors, got {type(scores).__name__}")
     if len(scores) != len(table):
-        raise MaskError(f"a score function must return {len(table)} tensors (one per parameter), got {len(scores)}")
+        raise BuilderError(f"a score function must return {len(table)} tensors (one per parameter), got {len(scores)}")
     for row, score in zip(table, scores, strict=True):
         if not isinstance(score, Tensor) or tuple(score.shape) != row.shape:
             got = tuple(score.shape) if isinstance(score, Tensor) else type(score).__name__
-            raise MaskError(f"the scores of {row.name} must have shape {row.shape}, got {got}")
+            raise BuilderError(f"the scores of {row.name} must have shape {row.shape}, got {got}")
         if not score.dtype.is_floating_point:
-            raise MaskError(f"the scores of {row.name} must be floating point, got {score.dtype}")
+            raise BuilderError(f"the scores of {row.name} must be floating point, got {score.dtype}")
         nans = int(torch.isnan(score).sum())
         if nans:
-            raise MaskError(f"{nans} of {row.numel} scores of {row.name} are NaN")
+            raise BuilderError(f"{nans} of {row.numel} scores of {row.name} are NaN")
 
 
 def top_k(scores: Tensor, k: int, *, largest: bool = True) -> Tensor:
@@ -89,6 +91,8 @@ def select(
     """
     check_scores(table, scores)
     allowed = [True] * len(table) if eligible is None else list(eligible)
+    if len(allowed) != len(table):
+        raise MaskError(f"eligible must say of each of {len(table)} tensors whether it is, got {len(allowed)} entries")
     rows = [i for i, ok in enumerate(allowed) if ok]
     available = sum(table.rows[i].numel for i in rows)
     if num_kept > available:

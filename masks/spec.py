@@ -10,7 +10,7 @@ from masks.budget import Budget
 from masks.context import MaskContext
 from masks.errors import MaskError
 from masks.mask import Mask
-from masks.registry import MaskInfo, build_mask, mask_info
+from masks.registry import MaskInfo, build_mask, mask_info, option_text
 from masks.schedule import Schedule
 
 
@@ -41,22 +41,24 @@ class MaskSpec:
         Lists of values are joined by "+".
 
         Raises:
-            MaskError: an unknown name, option or schedule, or a part without "=".
+            MaskError: an unknown name, option or schedule, an option given twice, or a part without "=".
         """
-        text, _, schedule = text.strip().partition("@")
+        text, at, schedule = text.strip().partition("@")
         name, *parts = text.split(":")
-        options = {}
+        options: dict[str, str] = {}
         for part in parts:
             key, equals, value = part.partition("=")
             if not equals:
                 raise MaskError(f"option {part!r} of mask {name} must be written option=value")
+            if key in options:
+                raise MaskError(f"option {key} of mask {name} is given twice")
             options[key] = value
-        return cls(name, options, Schedule.parse(schedule) if schedule else None)  # type: ignore[arg-type]
+        return cls(name, options, Schedule.parse(schedule) if at else None)  # type: ignore[arg-type]
 
     def __str__(self) -> str:
         """The text that :meth:`parse` reads; options at their default are left out."""
         defaults = {option.name: option.default for option in self.info.options}
-        shown = [f":{key}={_text(value)}" for key, value in self.options.items() if value != defaults[key]]
+        shown = [f":{key}={option_text(value)}" for key, value in self.options.items() if value != defaults[key]]
         at = "" if self.schedule == self.info.schedule else f"@{self.schedule}"
         return self.name + "".join(shown) + at
 
@@ -67,9 +69,3 @@ class MaskSpec:
     def build(self, context: MaskContext, budget: Budget | None) -> Mask:
         """Build the mask now; a budget is passed on only to a budgeted builder. Raises as ``build_mask``."""
         return build_mask(self.name, context, budget if self.info.kind == "budgeted" else None, self.options)
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, tuple):
-        return "+".join(map(str, value))
-    return str(value).lower() if isinstance(value, bool) else str(value)

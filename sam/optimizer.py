@@ -15,6 +15,7 @@ from torch.optim import LBFGS, Optimizer
 from masks.errors import InputError, unknown_name
 from masks.mask import Mask
 from masks.norm_stats import frozen_statistics, statistics
+from masks.params import ParamTable
 from masks.region import Region
 from sam.perturbation import NormScope, Perturbation, Rule, perturbation, total_norm
 
@@ -111,30 +112,37 @@ class SAM(Optimizer):
         _check_rho(rho)
         for group in base_optimizer.param_groups:
             _check_rho(group.get("rho", rho))
-            group.setdefault("rho", rho)
         self.norm_scope = norm_scope
         self.norm_statistics = norm_statistics
         self.replay_rng = replay_rng
         self.on_nonfinite = on_nonfinite
         self.model = model
+        self._bind(mask, base_optimizer.param_groups)  # raises before the base optimizer is changed
         self.base_optimizer: Optimizer | None = None
         super().__init__(base_optimizer.param_groups, {"rho": rho})
         self.base_optimizer = base_optimizer
         self._share()
-        self._devices = _devices(p for group in self.param_groups for p in group["params"])
-        self._whole: Region | None = None
-        self.set_mask(mask)
         self.stats: StepStats | None = None
-        self.skipped_steps = torch.zeros((), dtype=torch.int64, device=self._devices[0])
-        self._base_has_run = bool(base_optimizer.state)
+        self.skipped_steps = torch.zeros((), dtype=torch.int64)
+        self.set_mask(mask)
+        base_optimizer.defaults["rho"] = rho
+        self.defaults = base_optimizer.defaults  # schedulers look there for "momentum" and "betas"
+        base_optimizer.register_load_state_dict_post_hook(self._share)
 
     # -- set-up ---------------------------------------------------------------------------------------------
 
-    def _share(self) -> None:
-        """Let ``param_groups`` and ``state`` be the base optimizer's own objects."""
+    def _share(self, *_: Any) -> None:
+        """Let ``param_groups`` and ``state`` be the base optimizer's own objects, also after it loads a state."""
         assert self.base_optimizer is not None
         self.param_groups = self.base_optimizer.param_groups
         self.state = self.base_optimizer.state
+        for group in self.param_groups:
+            group.setdefault("rho", self.defaults["rho"])
+        # The parameters that have a state: until then a fused optimizer cannot be told to skip a step.
+        self._stepped = {id(p) for p, state in self.state.items() if state}
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError("SAM cannot be copied or pickled; make a new one and give it this one's state_dict()")
 
     def set_mask(self, mask: Mask) -> None:
         """Perturb these coordinates from the next step on.
@@ -142,20 +150,29 @@ class SAM(Optimizer):
         Raises:
             InputError: see the class.
         """
+        bound = self._bind(mask, self.param_groups)
+        self.mask = mask
+        self._region, self._whole, self._groups, self._devices = bound
+        self.skipped_steps = self.skipped_steps.to(self._devices[0])
+
+    def _bind(
+        self, mask: Mask, groups: Sequence[dict[str, Any]]
+    ) -> tuple[Region, Region | None, list[int], list[torch.device]]:
+        """The mask's region, that of all parameters if the norm needs it, the group of every piece, the device."""
+        devices = _devices(p for group in groups for p in group["params"])
         region = Region(mask, self.model)
-        held = {id(p): i for i, group in enumerate(self.param_groups) for p in group["params"]}
+        mask.table.check_same(ParamTable.from_model(self.model), "the mask is of another model")
+        held = {id(p): i for i, group in enumerate(groups) for p in group["params"]}
         missing = [piece.row.name for piece, p in zip(region.pieces, region.params, strict=True) if id(p) not in held]
         if missing:
             raise InputError(
                 f"the mask touches {len(missing)} parameters that the base optimizer does not hold, "
                 f"the first is {missing[0]}"
             )
-        self.mask = mask
-        self._region = region
-        self._groups = [held[id(p)] for p in region.params]
+        whole = None
         if self.norm_scope == "full" and not region.is_empty:
-            everything = Mask(mask.table, (True,) * len(mask.table))
-            self._whole = Region(everything, self.model)
+            whole = Region(Mask(mask.table, (True,) * len(mask.table)), self.model)
+        return region, whole, [held[id(p)] for p in region.params], devices
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the base optimizer; the mask, and so what is perturbed, stays as it is."""
@@ -179,14 +196,28 @@ class SAM(Optimizer):
             The loss of the first call.
 
         Raises:
-            InputError: no closure.
+            InputError: no closure, or a sparse gradient of a masked parameter.
             NonFiniteError: see ``on_nonfinite``.
         """
         if closure is None:
             raise InputError("SAM.step needs a closure that zeroes, runs backward and returns the loss; or use step_on")
         with torch.enable_grad():
-            return self._step(closure, lambda region: _closure_gradients(closure, region, self.param_groups), closure)
+            self._clear_gradients()  # a closure that forgets to would ascend along old gradients
+            return self._step(closure, lambda region: self._closure_gradients(closure, region), closure)
 
+    def _clear_gradients(self) -> None:
+        self.zero_grad()
+        for param in (self._whole or self._region).params:  # "full" may count some that no group holds
+            param.grad = None
+
+    def _closure_gradients(self, closure: Callable[[], Any], region: Region) -> tuple[Any, list[Tensor]]:
+        """Run the closure and take its gradients away, so that the second call starts from none."""
+        loss = closure()
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in region.params]
+        self._clear_gradients()
+        return loss, gradients
+
+    @Optimizer.profile_hook_step
     def step_on(self, loss_fn: LossFn, batch: Any) -> Tensor:
         """One step on a batch; cheaper than :meth:`step` where the mask spares tensors.
 
@@ -201,7 +232,8 @@ class SAM(Optimizer):
             The mean loss of the first pass, 0-dim, detached.
 
         Raises:
-            InputError: ``loss_fn`` does not return a 1-D floating-point tensor with at least one entry.
+            InputError: ``loss_fn`` does not return a 1-D floating-point tensor with at least one entry, or a
+                masked parameter has a sparse gradient.
             NonFiniteError: see ``on_nonfinite``.
         """
 
@@ -236,6 +268,8 @@ class SAM(Optimizer):
             finite = self._update(torch.ones((), dtype=torch.bool, device=self._devices[0]))
             self.stats = StepStats(value, value, zero, finite)
             return loss
+        if not (self._whole or self._region).is_current:
+            self.set_mask(self.mask)
         buffers = statistics(self.model)
         rng = _rng_states(self._devices) if self.replay_rng else None
         with frozen_statistics(buffers) if self.norm_statistics == "second" else nullcontext():
@@ -248,6 +282,7 @@ class SAM(Optimizer):
             self._moved(perturbed.values),
             frozen_statistics(buffers) if self.norm_statistics == "first" else nullcontext(),
         ):
+            perturbed.values.clear()  # likewise
             perturbed_loss = second()
         finite = self._update(perturbed.finite)
         device = self._devices[0]
@@ -255,6 +290,9 @@ class SAM(Optimizer):
         return loss
 
     def _perturbation(self, gradients: Sequence[Tensor]) -> Perturbation:
+        for piece, gradient in zip((self._whole or self._region).pieces, gradients, strict=True):
+            if gradient.is_sparse:
+                raise InputError(f"{piece.row.name} has a sparse gradient, which SAM does not take")
         rho = [self.param_groups[i]["rho"] for i in self._groups]
         if self._whole is None:
             return perturbation(self.rule, self._region, gradients, rho)
@@ -267,20 +305,25 @@ class SAM(Optimizer):
         saved = self._region.save()
         try:
             self._region.add_(values)
+            # Autocast keeps low-precision copies of the weights it has seen, changed in place since or not.
+            torch.clear_autocast_cache()
             yield
         finally:
             self._region.restore(saved)
+            torch.clear_autocast_cache()
 
     @torch.no_grad()
     def _update(self, finite: Tensor) -> Tensor:
         """Step the base optimizer unless a gradient is not finite; returns whether it did."""
         assert self.base_optimizer is not None
-        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        finite = finite & torch.isfinite(total_norm(gradients)).to(finite.device)
+        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        finite = finite & torch.isfinite(total_norm([p.grad for p in params if p.grad is not None])).to(finite.device)
         if self.on_nonfinite == "raise" and not bool(finite):
             raise NonFiniteError("a gradient is not finite (nan or infinite); the weights are those before the step")
         base: Any = self.base_optimizer
-        if self._base_has_run and getattr(base, "_step_supports_amp_scaling", False):
+        fused = getattr(base, "_step_supports_amp_scaling", False) and all(g.get("fused") for g in self.param_groups)
+        stepped = {id(p) for p in params}
+        if fused and stepped <= self._stepped:
             # The protocol of torch.amp.GradScaler: fused kernels read found_inf and do nothing where it is 1.
             base.found_inf, base.grad_scale = (~finite).float(), None
             try:
@@ -289,7 +332,7 @@ class SAM(Optimizer):
                 del base.found_inf, base.grad_scale
         elif bool(finite):
             base.step()
-            self._base_has_run = True
+            self._stepped |= stepped
         self.skipped_steps += ~finite
         return finite
 
@@ -297,6 +340,7 @@ class SAM(Optimizer):
 
     def _settings(self) -> dict[str, Any]:
         return {
+            "base_optimizer": type(self.base_optimizer).__qualname__,
             "rule": repr(self.rule),
             "norm_scope": self.norm_scope,
             "norm_statistics": self.norm_statistics,
@@ -332,12 +376,13 @@ class SAM(Optimizer):
                 another model. Nothing is changed then.
         """
         assert self.base_optimizer is not None
-        wanted = {"version", "base", "mask", "settings", "skipped_steps"}
-        if not isinstance(state_dict, dict) or not wanted <= state_dict.keys():
-            raise InputError(f"not a checkpoint of SAM: it needs the keys {', '.join(sorted(wanted))}")
+        kinds = {"version": int, "base": dict, "mask": dict, "settings": dict, "skipped_steps": Tensor}
+        if not isinstance(state_dict, dict) or not all(isinstance(state_dict.get(k), t) for k, t in kinds.items()):
+            raise InputError(f"not a checkpoint of SAM: it needs the keys {', '.join(sorted(kinds))}")
         if state_dict["version"] != CHECKPOINT_VERSION:
             raise InputError(f"checkpoint version {state_dict['version']}; this version reads {CHECKPOINT_VERSION}")
-        mask = Mask.from_state_dict(state_dict["mask"])
+        # torch.load(map_location=...) may have put the mask on an accelerator.
+        mask = Mask.from_state_dict({key: value.cpu() for key, value in state_dict["mask"].items()})
         self.mask.table.check_same(mask.table, "the checkpoint is of another model")
         here, there = self.mask.digest(), mask.digest()
         if here != there and not adopt_mask:
@@ -348,15 +393,15 @@ class SAM(Optimizer):
         for name, value in self._settings().items():
             if state_dict["settings"].get(name) != value:
                 raise InputError(f"the checkpoint was made with {name}={state_dict['settings'].get(name)}, not {value}")
+        if here != there:
+            self._bind(mask, self.param_groups)  # raises before anything is changed
         try:
             self.base_optimizer.load_state_dict(state_dict["base"])
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(f"the base optimizer's state does not fit: {error}") from None
-        self._share()
         if here != there:
             self.set_mask(mask)
         self.skipped_steps.copy_(state_dict["skipped_steps"])
-        self._base_has_run = bool(self.state)
 
 
 def _check_base(base: Optimizer) -> None:
@@ -364,6 +409,13 @@ def _check_base(base: Optimizer) -> None:
         raise InputError(f"base_optimizer must be an instance of torch.optim.Optimizer, got {base!r}")
     if isinstance(base, (LBFGS, SAM)):
         raise InputError(f"{type(base).__name__} cannot be the base optimizer: its step is more than one gradient")
+    if "rho" in base.defaults:
+        raise InputError(
+            f"this {type(base).__name__} already has a setting rho: a hyperparameter of its own (Adadelta's), or the "
+            "radius of another SAM around it; make a new base optimizer"
+        )
+    if any(group.get("maximize") for group in base.param_groups):
+        raise InputError("SAM minimizes; a base optimizer with maximize=True ascends: negate the loss instead")
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
@@ -394,23 +446,6 @@ def _mean_loss(loss_fn: LossFn, batch: Any) -> Tensor:
         found = f"a tensor of shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
         raise InputError(f"loss_fn must return per-example losses of shape (batch,), got {found}; use reduction='none'")
     return losses.mean()
-
-
-def _closure_gradients(
-    closure: Callable[[], Any], region: Region, groups: Sequence[dict[str, Any]]
-) -> tuple[Any, list[Tensor]]:
-    """Run the closure and take its gradients away, so that the second call starts from none."""
-    loss = closure()
-    gradients = []
-    for piece, param in zip(region.pieces, region.params, strict=True):
-        grad = param.grad
-        if grad is not None and grad.is_sparse:
-            raise InputError(f"{piece.row.name} has a sparse gradient, which SAM does not take")
-        gradients.append(torch.zeros_like(param) if grad is None else grad)
-    for group in groups:
-        for param in group["params"]:
-            param.grad = None
-    return loss, gradients
 
 
 def _rng_states(devices: Sequence[torch.device]) -> list[tuple[torch.device, Tensor]]:

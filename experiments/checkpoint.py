@@ -1,0 +1,40 @@
+"""Checkpoint files: written whole or not at all, read without executing anything."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from masks.errors import InputError
+
+
+def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
+    """Write aside, then rename."""
+    aside = path.with_name(path.name + ".partial")
+    torch.save(content, aside)
+    os.replace(aside, path)
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The model weights in a checkpoint: a state dict, or a dict with one under "model" or "state_dict".
+
+    Raises:
+        InputError: missing, truncated, not a checkpoint, or one that would execute code to be read.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise InputError(f"cannot read checkpoint {path}: {error.strerror or error}") from None
+    except Exception as error:  # the restricted unpickler raises whatever a foreign file leads it into
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(f"{path} is not a checkpoint of plain tensors, or is truncated: {first}") from None
+    for key in ("model", "state_dict"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            content = content[key]
+    if not isinstance(content, dict) or not content or not all(isinstance(v, Tensor) for v in content.values()):
+        raise InputError(f"{path} holds no state dict (a dict of names and tensors, or one under the key model)")
+    return content

@@ -1,0 +1,236 @@
+"""Compare arms: choose each arm's radius on validation data, then train all arms on the report's seeds."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from experiments.config import Arm, CompareConfig
+from experiments.cost import step_costs
+from experiments.measure import MeasureConfig
+from experiments.record import RunRecord, content_digests, write_text
+from experiments.runner import Job, Runner
+from experiments.train import budget_of, initial_model, load_cached, number_of_steps, pick_device, split_of
+from masks import MaskContext, MaskSpec, mask_info
+from masks.errors import InputError
+
+STUDY_FILE = "study.json"
+STUDY_SCHEMA = "sam-masks/comparison/1"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What one radius of one arm reached on the validation images of the tuning seeds.
+
+    Attributes:
+        arm: name of the arm.
+        rho: the radius.
+        val_accuracy: mean over the tuning seeds.
+        diverged: how many of the tuning runs diverged.
+        n: number of tuning seeds.
+    """
+
+    arm: str
+    rho: float
+    val_accuracy: float
+    diverged: int
+    n: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Everything that a report is made from.
+
+    Attributes:
+        config: what was asked.
+        measure: what was measured.
+        trials: every radius that was tried.
+        chosen: the radius of each arm that has one.
+        records: for each arm its runs in the order of the seeds.
+        folder: where it is kept.
+    """
+
+    config: CompareConfig
+    measure: MeasureConfig
+    trials: tuple[Trial, ...]
+    chosen: dict[str, float]
+    records: dict[str, tuple[RunRecord, ...]]
+    folder: Path
+
+
+
+
+def open_folder(folder: Path, config: CompareConfig, measure: MeasureConfig, study_id: str) -> None:
+    """Make the folder, or go on in it if it holds this very comparison.
+
+    Raises:
+        InputError: it holds something else, or cannot be written.
+    """
+    marker = folder / STUDY_FILE
+    try:
+        if marker.exists():
+            found = json.loads(marker.read_text(encoding="utf-8"))
+            if found.get("study_id") != study_id:
+                raise InputError(
+                    f"{folder} holds the results of another comparison ({found.get('study_id')}, this is {study_id}); "
+                    "choose another folder with --out"
+                )
+            return
+        if folder.exists() and any(folder.iterdir()):
+            raise InputError(f"{folder} is not empty and holds no comparison; choose another folder with --out")
+        folder.mkdir(parents=True, exist_ok=True)
+        content = {
+            "schema": STUDY_SCHEMA,
+            "study_id": study_id,
+            "config": config.settings(),
+            "measure": asdict(measure),
+        }
+        write_text(marker, json.dumps(content, indent=1) + "\n")
+    except (OSError, ValueError, AttributeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"cannot use {folder} for results: {error}") from None
+
+
+def _withdraw(folder: Path) -> None:
+    """Leave nothing behind of a comparison none of whose runs was finished: the corrected one may take the folder."""
+    runs = folder / "runs"
+    if not any(runs.glob("*")):
+        (folder / STUDY_FILE).unlink(missing_ok=True)
+        for empty in (runs, folder):
+            with suppress(OSError):
+                empty.rmdir()
+
+
+def check_arms(config: CompareConfig) -> None:
+    """Draw the data, and build what can be built of every arm's mask on the initial model, before any run starts.
+
+    Raises:
+        InputError: a mask, model, data set, size or schedule that cannot be had.
+    """
+    data = load_cached(config.data)
+    tuned = any(len(arm.rho) > 1 for arm in config.arms)
+    for tuning in (True, False) if tuned else (False,):
+        split = split_of(config.run(config.arms[0], rho=0.0, seed=config.first_seed, tuning=tuning), data)
+        if tuning and not len(split.val_y):
+            raise InputError("n_val = 0 leaves nothing to choose rho on; give every arm one radius, or more images")
+    for arm in config.arms:
+        run = config.run(arm, rho=0.0, seed=config.first_seed, tuning=False)
+        model = initial_model(run, data)
+        spec = MaskSpec.parse(run.mask)
+        try:
+            number_of_steps(run, len(split.train_y))
+            budget = budget_of(run, spec, model)
+            if not spec.info.needs_data:
+                spec.build(MaskContext(model), budget)
+        except InputError as error:
+            raise InputError(f"arm {arm.name}: {error}") from None
+
+
+def choose(trials: Sequence[Trial]) -> dict[str, float]:
+    """The radius of the best mean validation accuracy of each arm; among equals the smallest.
+
+    A radius of which a run diverged is chosen only if all of the arm's did.
+    """
+    best: dict[str, Trial] = {}
+    for trial in sorted(trials, key=lambda t: t.rho):
+        old = best.get(trial.arm)
+        if old is None or (-trial.diverged, trial.val_accuracy) > (-old.diverged, old.val_accuracy):
+            best[trial.arm] = trial
+    return {arm: trial.rho for arm, trial in best.items()}
+
+
+class _Plan:
+    """Jobs of a comparison."""
+
+    def __init__(self, config: CompareConfig, measure: MeasureConfig, content: dict[str, str]) -> None:
+        self.config, self.measure, self.content = config, measure, content
+
+    def job(self, arm: Arm, rho: float, seed: int, *, tuning: bool) -> Job:
+        run = self.config.run(arm, rho=rho, seed=seed, tuning=tuning)
+        measure = None if tuning else self.measure
+        content = self.content | ({} if measure is None else {"measure": json.dumps(asdict(measure))})
+        cost = run.epochs * (1.0 if not arm.rho else 2.0 + mask_info(MaskSpec.parse(arm.mask).name).needs_data)
+        return Job(run.digest(content), arm.name, run, measure, cost)
+
+    def tuning(self) -> dict[tuple[str, float], list[Job]]:
+        return {
+            (arm.name, rho): [self.job(arm, rho, seed, tuning=True) for seed in self.config.seeds_for_tuning()]
+            for arm in self.config.arms
+            if len(arm.rho) > 1
+            for rho in arm.rho
+        }
+
+    def report(self, arm: Arm, rho: float) -> list[Job]:
+        return [self.job(arm, rho, seed, tuning=False) for seed in self.config.report_seeds()]
+
+
+def compare(
+    config: CompareConfig,
+    folder: Path | None = None,
+    *,
+    measure: MeasureConfig | None = None,
+    processes: int = 1,
+    device: str = "auto",
+    plugins: Sequence[str] = (),
+    quiet: bool = False,
+) -> Comparison:
+    """Run a comparison, or finish one that was interrupted: finished runs are read, not made again.
+
+    Args:
+        config: what to compare.
+        folder: where to keep it; by default ``results/compare-ID`` with the comparison's own id.
+        measure: what to measure at the end of each run.
+        processes: how many runs at once.
+        device: name of the device of every run.
+        plugins: modules to import for their masks.
+        quiet: no progress bars.
+
+    Raises:
+        InputError: what was asked for cannot be had; nothing was run, or what was run is kept.
+        RunFailed: a run failed for another reason; the others are finished first, and kept.
+    """
+    measure = measure or MeasureConfig()
+    pick_device(device)
+    data = load_cached(config.data)
+    check_arms(config)  # imports the user's own model, whose source is part of the content
+    content = content_digests([arm.mask for arm in config.arms], config, data.digest)
+    study_id = config.digest(content | {"measure": json.dumps(asdict(measure))})
+    folder = folder or Path("results") / f"compare-{study_id[:8]}"
+    open_folder(folder, config, measure, study_id)
+    plan = _Plan(config, measure, content)
+    try:
+        with Runner(folder / "runs", processes=processes, device=device, plugins=plugins, quiet=quiet) as runner:
+            tuning = plan.tuning()
+            done = runner.run([job for jobs in tuning.values() for job in jobs], "choosing rho")
+            trials = tuple(_trial(arm, rho, [done[job.run_id] for job in jobs]) for (arm, rho), jobs in tuning.items())
+            chosen = {arm.name: arm.rho[0] for arm in config.arms if arm.rho} | choose(trials)
+            report = {arm.name: plan.report(arm, chosen.get(arm.name, 0.0)) for arm in config.arms}
+            done = runner.run([job for jobs in report.values() for job in jobs], "comparing")
+    except InputError:
+        _withdraw(folder)
+        raise
+    records = {arm: tuple(done[job.run_id] for job in jobs) for arm, jobs in report.items()}
+    return Comparison(config, measure, trials, chosen, records, folder)
+
+
+def _trial(arm: str, rho: float, records: Sequence[RunRecord]) -> Trial:
+    accuracies = [record.result["val_accuracy"] for record in records]
+    diverged = sum(record.result["diverged"] is not None for record in records)
+    return Trial(arm, rho, sum(accuracies) / len(accuracies), diverged, len(records))
+
+
+def predicted_costs(comparison: Comparison) -> dict[str, float | None]:
+    """Cost of a step of every arm relative to the base optimizer, from counted operations of the final mask."""
+    config = comparison.config
+    first = config.run(config.arms[0], rho=0.0, seed=config.first_seed, tuning=False)
+    data = load_cached(config.data)
+    model = initial_model(first, data)
+    touched = {}
+    for arm, records in comparison.records.items():
+        build = records[0].result["mask_builds"][-1:]
+        touched[arm] = set(build[0]["kept_per_tensor"]) if build else set()
+    return step_costs(model, data.x[:2], touched, every_gradient=config.norm_scope == "full")

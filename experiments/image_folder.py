@@ -1,0 +1,98 @@
+"""Image files in one folder per class."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from masks.errors import InputError
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+SUFFIXES = frozenset((".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"))
+
+
+def read_folder(spec: str, root: Path) -> tuple[list[tuple[Array, Array]], list[str]]:
+    """Read ``root/train/CLASS/*`` and ``root/test/CLASS/*``, or ``root/CLASS/*`` without own test split.
+
+    ``root/val`` is taken where there is no ``root/test``; where there are both, ``val`` is not read. Classes
+    are numbered in the order of their sorted names; images are sorted by path within a class and may lie in
+    folders of the class folder. Files without an image's suffix, hidden files and hidden folders are passed over.
+
+    Grey images keep one channel if all images are grey; else all become RGB. Transparency is dropped.
+
+    Args:
+        spec: what messages start with.
+        root: the folder.
+
+    Returns:
+        The parts ``(images, labels)``, training first: uint8, N x H x W or N x H x W x 3, and int64, N. And the
+        class names.
+
+    Raises:
+        InputError: a folder or images are missing, an image cannot be read, has more than 8 bits per channel
+            or another size than the first, or the test split has a class that the training part lacks.
+    """
+    if not root.is_dir():
+        raise InputError(f"{spec}: {root} {'is not a folder' if root.exists() else 'does not exist'}")
+    train = root / "train"
+    folders = [root]
+    if train.is_dir() and _subfolders(train):  # a class may be called "train", but then holds no folders
+        tests = [root / name for name in ("test", "val") if (root / name).is_dir()]
+        if not tests:
+            raise InputError(f"{spec} has train/ but neither test/ nor val/; to go without, give folder:{train}")
+        folders = [train, tests[0]]
+    names = _subfolders(folders[0])
+    if not names:
+        raise InputError(f"{spec}: {folders[0]} has no folders; it must have one per class")
+    extra = sorted(set(_subfolders(folders[-1])) - set(names))
+    if extra:
+        raise InputError(f"{spec}: {folders[-1]} has class {extra[0]!r}, which {folders[0]} lacks")
+
+    paths: list[Path] = []
+    labels: list[Array] = []
+    for folder in folders:
+        counts = []
+        for name in names:
+            found = sorted(p for p in (folder / name).rglob("*") if p.suffix.lower() in SUFFIXES and p.name[0] != ".")
+            if not found and folder == folders[0]:
+                raise InputError(f"{spec}: class folder {folder / name} has no images")
+            paths += found
+            counts.append(len(found))
+        if not sum(counts):
+            raise InputError(f"{spec}: {folder} has no images")
+        labels.append(np.repeat(np.arange(len(names)), counts))
+    images = np.split(_read_images(spec, paths), [len(labels[0])])
+    return list(zip(images, labels, strict=False)), names  # without own test split, the last piece is empty
+
+
+def _subfolders(folder: Path) -> list[str]:
+    return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+def _read_images(spec: str, paths: Sequence[Path]) -> Array:
+    from PIL import Image
+
+    images: list[Array] = []
+    for path in paths:
+        try:
+            with Image.open(path) as image:
+                if image.mode.startswith(("I", "F")):
+                    raise InputError(f"{spec}: {path} has mode {image.mode}, more than 8 bits; convert it to 8 bits")
+                images.append(np.asarray(image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")))
+        except InputError:
+            raise
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # SyntaxError: broken PNG
+            raise InputError(f"{spec}: {path} is not a readable image ({error})") from None
+        (height, width), (height_0, width_0) = images[-1].shape[:2], images[0].shape[:2]
+        if (height, width) != (height_0, width_0):
+            raise InputError(
+                f"{spec}: all images must have one size, but {paths[0]} is {width_0}x{height_0} and {path} is "
+                f"{width}x{height} (width x height); resize them"
+            )
+    if all(image.ndim == 2 for image in images):
+        return np.stack(images)
+    return np.stack([image if image.ndim == 3 else np.stack([image] * 3, axis=-1) for image in images])

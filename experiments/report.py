@@ -1,0 +1,94 @@
+"""Write a comparison down: CSV files and one HTML page."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import jinja2
+import pandas as pd
+
+from experiments.compare import Comparison
+from experiments.config import BASELINE
+from experiments.plot import figures
+from experiments.record import write_text
+from experiments.table import Table, frame, shown
+
+PAGE = "report.html"
+
+
+def write_report(comparison: Comparison, table: Table) -> Path:
+    """Write ``table.csv``, ``runs.csv``, ``trials.csv`` and ``report.html`` into the comparison's folder.
+
+    Returns:
+        The path of the page.
+    """
+    folder = comparison.folder
+    write_text(folder / "table.csv", frame(table).to_csv(index=False))
+    write_text(folder / "runs.csv", runs_frame(comparison).to_csv(index=False))
+    write_text(folder / "trials.csv", pd.DataFrame([asdict(t) for t in comparison.trials]).to_csv(index=False))
+    page = folder / PAGE
+    write_text(page, _html(comparison, table))
+    return page
+
+
+def runs_frame(comparison: Comparison) -> pd.DataFrame:
+    """One line per run of the report."""
+    lines = []
+    for arm, records in comparison.records.items():
+        for record in records:
+            result = record.result
+            builds = result["mask_builds"]
+            lines.append(
+                {
+                    "run_id": record.run_id,
+                    "arm": arm,
+                    "mask": record.config["mask"],
+                    "rho": record.config["rho"] if arm in comparison.chosen else None,
+                    "seed": record.config["seed"],
+                    "epochs": record.config["epochs"],
+                    "kept": builds[-1]["num_kept"] if builds else 0,
+                    "mask_digest": builds[-1]["digest"] if builds else None,
+                    "train_loss": result["history"][-1]["loss"],
+                    "ascent_last_epoch": result["history"][-1]["ascent"],
+                    "val_accuracy": result["val_accuracy"],
+                    "test_accuracy": result["test_accuracy"],
+                    "lambda_max": result["lambda_max"].get("value"),
+                    "lambda_max_residual": result["lambda_max"].get("residual"),
+                    "m_sharpness": result["m_sharpness"].get("value"),
+                    "diverged": result["diverged"],
+                    **record.telemetry,
+                }
+            )
+    return pd.DataFrame(lines)
+
+
+def _html(comparison: Comparison, table: Table) -> str:
+    config = comparison.config
+    text = shown(table)
+    warnings = [note for note in table.notes if note.split(":")[0].isupper()]
+    first = comparison.records[BASELINE][0]
+    template = jinja2.Environment(
+        loader=jinja2.PackageLoader("experiments"), autoescape=True, undefined=jinja2.StrictUndefined
+    ).get_template(PAGE)
+    return template.render(
+        title=f"SAM under masks: {config.model} on {config.data}",
+        asked=(
+            f"{config.epochs} epochs of {config.optimizer} (lr {config.lr:g}), rule {config.rule}, "
+            f"norm scope {config.norm_scope}; budgeted masks keep "
+            + (
+                f"a density of {config.density:g}."
+                if config.density is not None
+                else f"as many coordinates as {config.match}."
+            )
+        ),
+        columns=list(text.columns),
+        lines=[(name, list(cells)) for name, cells in zip(text.index, text.to_numpy(), strict=True)],
+        warnings=warnings,
+        notes=[note for note in table.notes if note not in warnings],
+        figures=list(figures(comparison, table).items()),
+        environment=", ".join(f"{key} {value}" for key, value in first.environment.items()),
+        config=json.dumps(asdict(config), indent=1),
+        runs=[(arm, " ".join(r.run_id for r in records)) for arm, records in comparison.records.items()],
+    )

@@ -1,0 +1,86 @@
+"""One run from the command line: train, measure, keep the record and a checkpoint."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from experiments.checkpoint import read_weights, save_checkpoint
+from experiments.config import RunConfig
+from experiments.measure import MeasureConfig, measure
+from experiments.record import RunRecord, content_digests, environment, file_digest
+from experiments.train import initial_model, load_cached, pick_device, result_of, train_run
+from masks.errors import InputError
+
+CHECKPOINT = "checkpoint.pt"
+
+
+def train_one(
+    config: RunConfig, folder: Path | None = None, *, init: Path | None = None, device: str = "auto"
+) -> tuple[RunRecord, Path]:
+    """Train and measure one model.
+
+    Args:
+        config: the run.
+        folder: for the record (``run_id.json``), the final mask (``mask.npz``) and the checkpoint
+            (``checkpoint.pt``: model and SAM state); by default ``results/train-ID``.
+        init: checkpoint to start from instead of the seed's weights.
+        device: where it runs.
+
+    Raises:
+        InputError: what was asked for cannot be had, or the folder holds something else.
+    """
+    config, where = config.resolved(), pick_device(device)
+    data = load_cached(config.data)
+    initial_model(config, data)  # imports the user's own model, whose source is part of the content
+    content = content_digests([config.mask], config, data.digest)
+    weights = None
+    if init is not None:
+        weights = read_weights(init)
+        content["init"] = file_digest(init)
+    run_id = config.digest(content)
+    folder = folder or Path("results") / f"train-{run_id[:8]}"
+    made = _open_folder(folder, run_id)
+    try:
+        trained = train_run(config, where, initial=weights)
+    except InputError:
+        if made:
+            folder.rmdir()
+        raise
+    start = time.process_time()
+    result = result_of(trained) | measure(trained, MeasureConfig(), where) | {"init_digest": content.get("init")}
+    record = RunRecord(
+        run_id=run_id,
+        arm=config.mask,
+        config=asdict(config),
+        result=result,
+        telemetry={
+            "train_cpu_seconds": trained.train_seconds,
+            "mask_cpu_seconds": trained.mask_seconds,
+            "measure_cpu_seconds": time.process_time() - start,
+        },
+        environment=environment(where),
+    )
+    try:
+        trained.mask.save(folder / "mask.npz")
+        save_checkpoint(folder / CHECKPOINT, {"model": trained.model.state_dict(), "sam": trained.sam.state_dict()})
+        record.save(folder)
+    except OSError as error:
+        raise InputError(f"cannot write to {folder}: {error.strerror or error}") from None
+    return record, folder
+
+
+def _open_folder(folder: Path, run_id: str) -> bool:
+    """Make the folder before the work is done, unless it holds something else; returns whether it is new."""
+    made = not folder.exists()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()) and not (folder / f"{run_id}.json").exists():
+            raise InputError(f"{folder} holds something else than run {run_id}; choose another folder with --out")
+        if not os.access(folder, os.W_OK):
+            raise InputError(f"{folder} cannot be written to; choose another folder with --out")
+    except OSError as error:
+        raise InputError(f"cannot use {folder} for results: {error.strerror or error}") from None
+    return made

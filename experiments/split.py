@@ -1,0 +1,213 @@
+"""Training, validation and test images of one seed, with label noise and standardisation.
+
+The rules that keep a comparison honest:
+
+- Everything is drawn anew for each seed, from streams of its own (:func:`experiments.seeds.derive_seed`), so
+  that runs of the same seed are paired whatever else differs. The test images depend on the seed and on
+  ``n_test`` only, the validation images in addition on ``n_val``.
+- No image that helped to choose a hyperparameter is a test image. *Tuning* seeds have no test images. Where
+  the data set has an own test split, only that is tested. Where it has none, 40 % of the images, the same for
+  every seed, are the *development pool*: never tested, and all that tuning seeds see. *Report* seeds draw
+  their test images from the other 60 %, and train and validate on any images but those.
+- All draws are stratified: each class gets its share of the pool drawn from, rounded by largest remainder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from experiments.data import ImageSet
+from experiments.seeds import derive_seed
+from masks.errors import InputError
+
+Ids = np.ndarray[Any, np.dtype[np.int64]]
+
+DEVELOPMENT_SHARE = 0.4
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """The images of one seed, standardised by the training images.
+
+    Attributes:
+        train_x: float32, n_train x C x H x W.
+        train_y: int64, n_train; with label noise.
+        train_y_clean: the labels before noise.
+        val_x: float32, n_val x C x H x W; may be empty.
+        val_y: int64, n_val; without noise.
+        test_x: float32, n_test x C x H x W; empty in a tuning split.
+        test_y: int64, n_test; without noise.
+        train_index: ids of the training images: positions in ``ImageSet.x``, ascending.
+        val_index: ids of the validation images, ascending.
+        test_index: ids of the test images, ascending; to pair results by image over seeds.
+        test_is_shared: all report seeds have the same test images.
+        num_classes: number of classes of the data set.
+        digest: ``ImageSet.digest`` of the data set.
+
+    Raises:
+        ValueError: lengths that do not agree, or an image in two parts.
+    """
+
+    train_x: Tensor
+    train_y: Tensor
+    train_y_clean: Tensor
+    val_x: Tensor
+    val_y: Tensor
+    test_x: Tensor
+    test_y: Tensor
+    train_index: Tensor
+    val_index: Tensor
+    test_index: Tensor
+    test_is_shared: bool
+    num_classes: int
+    digest: str
+
+    def __post_init__(self) -> None:
+        for part in ("train", "val", "test"):
+            sizes = {len(t) for key, t in vars(self).items() if key.startswith(part + "_") and isinstance(t, Tensor)}
+            if len(sizes) > 1:
+                raise ValueError(f"the {part} tensors have different lengths: {sorted(sizes)}")
+        ids = torch.cat((self.train_index, self.val_index, self.test_index))
+        repeated = len(ids) - len(np.unique(ids.numpy()))
+        if repeated:
+            raise ValueError(f"{repeated} images are in two parts of the split, or twice in one")
+
+
+def make_split(
+    data: ImageSet,
+    *,
+    seed: int,
+    n_train: int | None = None,
+    n_val: int | None = None,
+    n_test: int | None = None,
+    label_noise: float = 0.0,
+    tuning: bool = False,
+) -> Split:
+    """Draw the images of one seed; see the top of this file for the rules.
+
+    Args:
+        data: the data set.
+        seed: the seed. A tuning and a report split of the same seed are different draws.
+        n_train: training images. By default what ``n_val`` leaves of the images that a tuning split may use,
+            in report splits too, so that both train on the same number.
+        n_val: validation images. By default a fifth of the images that a tuning split may use, or what
+            ``n_train`` leaves if that is less.
+        n_test: test images of a report split. By default the whole own test split or, without one, a third
+            of the data set, rounded to a multiple of the number of classes. Of an own test split, a part is
+            drawn once for all seeds.
+        label_noise: exactly ``round(label_noise * n_train)`` training labels are redrawn uniformly from all
+            classes, so that about one in ``num_classes`` of them keeps its label. Labels noisy at a small
+            value are noisy, in the same way, at a larger one. Validation and test labels are never changed.
+        tuning: draw from the development pool only, without test images.
+
+    Returns:
+        The split. Each channel has the mean of the training images subtracted and is divided by their
+        standard deviation (by 1 where that is 0).
+
+    Raises:
+        InputError: sizes that the data set does not have, or ``label_noise`` outside [0, 1].
+    """
+    if not 0 <= label_noise <= 1:
+        raise InputError(f"label_noise must be from 0 to 1, found {label_noise}")
+    y: Ids = data.y.numpy()
+    has_own_test = data.num_own_test > 0
+    usable = np.arange(data.num_train)
+    if has_own_test:
+        development, test_pool = usable, np.arange(data.num_train, len(y))
+        test_rng, default_test = _stream(0, "own test split"), len(test_pool)
+    else:
+        development = _draw(usable, y, round(DEVELOPMENT_SHARE * len(y)), _stream(0, "development pool"))
+        test_pool = np.setdiff1d(usable, development)
+        third = round(len(y) / 3 / data.num_classes) * data.num_classes
+        test_rng, default_test = _stream(seed, "test"), max(1, min(third, len(test_pool)))
+    n_test = default_test if n_test is None else n_test
+    if not 1 <= n_test <= len(test_pool):
+        share = "of its own test split" if has_own_test else f"outside its development pool of {len(development)}"
+        raise InputError(f"n_test = {n_test}, but {data.name} has 1 to {len(test_pool)} images to test, those {share}")
+
+    test = test_pool[:0] if tuning else _draw(test_pool, y, n_test, test_rng)
+    pool = development if tuning else np.setdiff1d(usable, test)
+    n_train, n_val = _sizes(data, n_train, n_val, len(development), len(pool), tuning)
+    mode = "tuning" if tuning else "report"
+    val = _draw(pool, y, n_val, _stream(seed, "split", mode, "val"))
+    train = _draw(np.setdiff1d(pool, val), y, n_train, _stream(seed, "split", mode, "train"))
+
+    noisy = y[train]  # a copy
+    rng = _stream(seed, "label_noise", mode)
+    chosen = np.argsort(rng.random(n_train), kind="stable")[: round(label_noise * n_train)]
+    noisy[chosen] = (rng.random(len(chosen)) * data.num_classes).astype(np.int64)
+
+    train_x, val_x, test_x = _standardised([data.x[torch.from_numpy(ids)] for ids in (train, val, test)])
+    return Split(
+        train_x=train_x,
+        train_y=torch.from_numpy(noisy),
+        train_y_clean=torch.from_numpy(y[train]),
+        val_x=val_x,
+        val_y=torch.from_numpy(y[val]),
+        test_x=test_x,
+        test_y=torch.from_numpy(y[test]),
+        train_index=torch.from_numpy(train),
+        val_index=torch.from_numpy(val),
+        test_index=torch.from_numpy(test),
+        test_is_shared=has_own_test,
+        num_classes=data.num_classes,
+        digest=data.digest,
+    )
+
+
+def _sizes(
+    data: ImageSet, n_train: int | None, n_val: int | None, development: int, available: int, tuning: bool
+) -> tuple[int, int]:
+    """Resolve ``n_train`` and ``n_val``, and check them against the images available."""
+    if n_val is None:
+        n_val = development // 5 if n_train is None else max(0, min(development // 5, available - n_train))
+    if n_train is None:
+        n_train = development - n_val
+    kind = "tuning" if tuning else "report"
+    if n_train < 1 or n_val < 0 or n_train + n_val > available:
+        raise InputError(
+            f"n_train = {n_train} and n_val = {n_val}, but a {kind} split of {data.name} has {available} images for "
+            "both, and needs at least 1 to train on"
+        )
+    if tuning and n_val == 0:
+        raise InputError(
+            f"a tuning split needs validation images, but n_train = {n_train} takes all {available} images of "
+            f"{data.name} that it may use, or n_val = 0"
+        )
+    return n_train, n_val
+
+
+def _stream(seed: int, *names: str) -> np.random.Generator:
+    # PCG64's raw bits are the same in every version of numpy, and random() is a plain scaling of them.
+    return np.random.Generator(np.random.PCG64(derive_seed(seed, *names)))
+
+
+def _draw(ids: Ids, y: Ids, n: int, rng: np.random.Generator) -> Ids:
+    """``n`` of the ids, stratified by class with largest remainders (ties at random), ascending."""
+    ids = ids[np.argsort(rng.random(len(ids)), kind="stable")]
+    classes, counts = np.unique(y[ids], return_counts=True)
+    quota, remainder = np.divmod(n * counts, max(1, len(ids)))
+    by_remainder = np.lexsort((rng.random(len(classes)), -remainder))
+    quota[by_remainder[: n - quota.sum()]] += 1
+    drawn = [ids[y[ids] == label][:count] for label, count in zip(classes, quota, strict=True)]
+    return np.sort(np.concatenate([ids[:0], *drawn]))
+
+
+def _standardised(parts: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Subtract the first part's mean and divide by its standard deviation, per channel, in place."""
+    train = parts[0]
+    # Sums in float64: in float32 the deviation of 6000 images of 28x28 comes out 0.2 % too small, and a
+    # constant channel does not come out constant.
+    mean = train.flatten(2).mean(dim=2, dtype=torch.float64).mean(dim=0).float()[:, None, None]
+    for part in parts:
+        part.sub_(mean)
+    norm = torch.linalg.vector_norm(train, dim=(0, 2, 3), dtype=torch.float64)
+    std = (norm / (train.numel() / train.shape[1]) ** 0.5).float()[:, None, None]
+    std[std == 0] = 1
+    return [part.div_(std) for part in parts]

@@ -1,0 +1,400 @@
+"""Hessian products against dense float64 Hessians that share no code with the package."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from analysis.eigen import lambda_max
+from analysis.operator import HessianOperator
+from masks.errors import InputError, MaskError
+from masks.mask import Mask, Part, Provenance
+from masks.params import ParamTable
+
+
+def dense_of(operator: HessianOperator) -> Tensor:
+    return torch.stack([operator.matvec(v) for v in torch.eye(operator.dimension, dtype=operator.dtype)], dim=1)
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+def norm_mask(model: nn.Module) -> Mask:
+    table = ParamTable.from_model(model)
+    return Mask(table, tuple(row.is_norm for row in table), Provenance("norm"))
+
+
+def mixed_mask(model: nn.Module, density: float) -> Mask:
+    """Whole, absent and partial tensors in turn."""
+    table, generator = ParamTable.from_model(model), torch.Generator().manual_seed(1)
+    parts: list[Part] = []
+    for i, row in enumerate(table):
+        some = torch.rand(row.shape, generator=generator) < density
+        some.view(-1)[0], some.view(-1)[-1] = True, False
+        parts.append(some if i % 3 == 0 else i % 3 == 1)
+    return Mask(table, tuple(parts), Provenance("mixed"))
+
+
+def flat_keep(mask: Mask) -> Tensor:
+    return torch.cat([part.flatten() for part in mask.dense()])
+
+
+@pytest.mark.parametrize("retain", [True, False])
+def test_product_equals_dense_hessian(case, retain):
+    vectors = torch.randn(3, len(case.hessian), generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    with HessianOperator(case.model, case.batches, retain=retain) as operator:
+        assert operator.num_examples == 150
+        for v in vectors:
+            assert relative(operator.matvec(v), case.hessian @ v) < 1e-10
+        assert operator.num_products == 3
+
+
+def test_every_tensor_of_the_product_is_right(case):
+    v = torch.randn(len(case.hessian), generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    with HessianOperator(case.model, case.batches) as operator:
+        got, want = operator.unflatten(operator.matvec(v)), operator.unflatten(case.hessian @ v)
+    assert list(got) == [name for name, _ in case.model.named_parameters()]
+    for name, tensor in got.items():
+        # The key bias of attention has a zero block, hence the floor.
+        assert (tensor - want[name]).norm() <= 1e-10 * want[name].norm() + 1e-14, name
+
+
+@pytest.mark.parametrize("kind", ["norm", "sparse", "half"])
+def test_masked_operator_is_the_sub_block(case, kind):
+    if kind == "norm" and case.name == "mlp":
+        pytest.skip("no normalization layer")
+    mask = norm_mask(case.model) if kind == "norm" else mixed_mask(case.model, 0.05 if kind == "sparse" else 0.5)
+    keep = flat_keep(mask)
+    block = case.hessian[keep][:, keep]
+    v = torch.randn(len(block), generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    with HessianOperator(case.model, case.batches, mask=mask) as operator:
+        assert operator.dimension == len(block) == mask.num_kept
+        assert relative(operator.matvec(v), block @ v) < 1e-10
+        if kind == "norm":
+            assert relative(dense_of(operator), block) < 1e-10
+
+
+def test_coordinates_are_in_c_order_whatever_the_memory_format(conv_case):
+    model = conv_case.fresh().to(memory_format=torch.channels_last)
+    mask = mixed_mask(model, 0.3)
+    keep = flat_keep(mask)
+    v = torch.randn(int(keep.sum()), generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    with HessianOperator(model, conv_case.batches, mask=mask) as operator:
+        assert relative(operator.matvec(v), conv_case.hessian[keep][:, keep] @ v) < 1e-10
+        full = operator.unflatten(v)
+    flat = torch.cat([full[r.name].flatten() if r.name in full else torch.zeros(r.numel) for r in mask.table])
+    assert torch.equal(flat[keep], v)
+    assert not flat[~keep].any()
+
+
+def test_symmetry(case):
+    u, v = torch.randn(2, len(case.hessian), generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    with HessianOperator(case.model, case.batches) as operator:
+        assert float(u @ operator.matvec(v)) == pytest.approx(float(v @ operator.matvec(u)), rel=1e-10)
+
+
+def test_cutting_into_batches_does_not_matter(case):
+    v = torch.randn(len(case.hessian), generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    cut = list(zip(case.x.split([1, 149]), case.y.split([1, 149]), strict=True))
+    with HessianOperator(case.model, cut) as operator:
+        assert relative(operator.matvec(v), case.hessian @ v) < 1e-10
+
+
+def test_linear_regression_has_hessian_two_over_n_xtx():
+    x, y = torch.randn(20, 3, dtype=torch.float64), torch.randn(20, 1, dtype=torch.float64)
+    model = nn.Linear(3, 1, bias=False).double()
+    with HessianOperator(model, [(x, y)], loss=lambda out, t: (out - t).square().squeeze(1)) as operator:
+        torch.testing.assert_close(dense_of(operator), 2 / 20 * x.T @ x)
+
+
+def test_float32_product_and_float64_product_of_a_float32_model(case):
+    model = case.fresh(torch.float32)
+    v = torch.randn(len(case.hessian), generator=torch.Generator().manual_seed(8), dtype=torch.float64)
+    want = case.hessian @ v
+    with HessianOperator(model, case.batches) as operator:
+        assert operator.matvec(v.float()).dtype == torch.float32
+        single = relative(operator.matvec(v.float()).double(), want)
+    assert single < 2e-6
+    with HessianOperator(copy.deepcopy(model).double(), case.batches) as operator:
+        want = operator.matvec(v)
+    with HessianOperator(model, case.batches, dtype=torch.float64) as operator:
+        assert relative(operator.matvec(v), want) < 1e-14
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+
+
+class Partly(nn.Module):
+    """A parameter that the loss does not use, one in which it is linear, one that is curved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = nn.Parameter(torch.ones(2))
+        self.linear = nn.Parameter(torch.ones(3))
+        self.curved = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.linear + self.curved**3
+
+
+def test_unused_and_linear_parameters_have_zero_rows():
+    data = [(torch.ones(4, 3), torch.zeros(4))]
+    with HessianOperator(Partly(), data, loss=lambda out, t: out - t) as operator:
+        want = torch.zeros(6, 6)
+        want[5, 5] = 6.0
+        assert torch.equal(dense_of(operator), want)
+    table = ParamTable.from_model(Partly())
+    mask = Mask(table, (True, True, False))
+    with HessianOperator(Partly(), data, loss=lambda out, t: out - t, mask=mask) as operator:
+        assert torch.equal(dense_of(operator), torch.zeros(5, 5))
+
+
+# -- nothing is left behind ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("retain", [True, False])
+def test_model_is_left_untouched(case, retain, snapshot):
+    model = case.fresh()
+    model.train()
+    next(iter(model.children())).eval()  # flags that differ must come back as they were
+    for p in list(model.parameters())[::2]:
+        p.grad = torch.randn_like(p)
+    before = snapshot(model)
+    with HessianOperator(model, case.batches, retain=retain) as operator:
+        before.check()
+        operator.matvec(torch.ones(operator.dimension, dtype=torch.float64))
+        before.check()
+    before.check()
+
+
+@pytest.mark.parametrize("surrounding", [torch.no_grad, lambda: torch.autocast("cpu", torch.bfloat16)])
+def test_surrounding_contexts_do_not_matter(case, surrounding):
+    v = torch.randn(len(case.hessian), generator=torch.Generator().manual_seed(9), dtype=torch.float64).float()
+    want = (case.hessian @ v.double()).float()
+    with surrounding(), HessianOperator(case.fresh(torch.float32), case.batches) as operator:
+        assert relative(operator.matvec(v), want) < 2e-6
+
+
+def test_arithmetic_is_plain_inside_and_as_the_user_set_it_outside(conv_case):
+    """TF32, bfloat16 products and fused attention, which users have on for training."""
+
+    def state() -> list[object]:
+        b = torch.backends
+        products = (b.cuda.matmul, b.cudnn.conv, b.cudnn.rnn, b.mkldnn.matmul, b.mkldnn.conv, b.mkldnn.rnn)
+        return [product.fp32_precision for product in products] + [b.mha.get_fastpath_enabled()]
+
+    seen = []
+
+    def loss(logits: Tensor, targets: Tensor) -> Tensor:
+        seen.append(state())
+        return nn.functional.cross_entropy(logits, targets, reduction="none")
+
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    torch.backends.mha.set_fastpath_enabled(True)
+    try:
+        outside = state()
+        assert outside[0] == "tf32"
+        assert outside[-1] is True
+        HessianOperator(conv_case.fresh(torch.float32), conv_case.batches, loss=loss).close()
+        assert state() == outside
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert seen == [["ieee"] * 6 + [False]] * 3
+
+
+def test_close_frees_the_graphs(conv_case):
+    model, outputs = conv_case.fresh(), []
+    model.conv2.register_forward_hook(lambda m, i, o: outputs.append(weakref.ref(o)))
+    gc.disable()
+    try:
+        with HessianOperator(model, conv_case.batches) as operator:
+            operator.matvec(torch.ones(operator.dimension, dtype=torch.float64))
+            assert len(outputs) == 3  # one forward pass per batch, none per product
+            assert all(ref() is not None for ref in outputs)
+        assert all(ref() is None for ref in outputs)
+    finally:
+        gc.enable()
+    with pytest.raises(InputError, match="closed"):
+        operator.matvec(torch.ones(operator.dimension, dtype=torch.float64))
+
+
+# -- no wrong number ----------------------------------------------------------------------------------------
+
+
+def _step(model: nn.Module) -> None:
+    with torch.no_grad():
+        model.head.weight.mul_(1.5)
+
+
+def _data_attribute(model: nn.Module) -> None:
+    model.head.weight.data.neg_()
+
+
+def _data_swap(model: nn.Module) -> None:
+    w = model.conv1.weight.data.view(-1)
+    w[:2] = w[:2].flip(0)
+
+
+def _statistics(model: nn.Module) -> None:
+    model.train()(torch.ones(4, 1, 8, 8, dtype=torch.float64))
+
+
+def _rebind(model: nn.Module) -> None:
+    model.head.weight = nn.Parameter(model.head.weight.detach() * 2)
+
+
+def _rebind_equal(model: nn.Module) -> None:
+    weight = model.head.weight.detach().clone()
+    for _ in range(model.head.weight._version):
+        weight.add_(0)
+    model.head.weight = nn.Parameter(weight)
+
+
+@pytest.mark.parametrize("retain", [True, False])
+@pytest.mark.parametrize("change", [_step, _data_attribute, _data_swap, _statistics, _rebind, _rebind_equal])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_product_after_a_change_raises(conv_case, change, retain, dtype):
+    model = conv_case.fresh()
+    with HessianOperator(model, conv_case.batches, retain=retain, dtype=dtype) as operator:
+        v = torch.ones(operator.dimension, dtype=dtype)
+        operator.matvec(v)
+        change(model)
+        with pytest.raises(InputError, match="has changed since"):
+            operator.matvec(v)
+        assert operator.num_products == 1
+
+
+def test_product_after_a_change_of_the_data_raises(conv_case):
+    batches = [(x.clone(), y) for x, y in conv_case.batches]
+    with HessianOperator(conv_case.fresh(), batches, retain=False) as operator:
+        batches[1][0].add_(1)
+        with pytest.raises(InputError, match="x of batch 1 has changed"):
+            operator.matvec(torch.ones(operator.dimension, dtype=torch.float64))
+
+
+def test_the_same_weights_written_back_still_count_as_a_change(conv_case):
+    # Autograd refuses the retained graph of weights that were written to; say so in our words.
+    model = conv_case.fresh()
+    with HessianOperator(model, conv_case.batches) as operator, torch.no_grad():
+        model.head.weight.copy_(model.head.weight.clone())
+        with pytest.raises(InputError, match=r"head\.weight has changed"):
+            operator.matvec(torch.ones(operator.dimension, dtype=torch.float64))
+
+
+class Noisy(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + torch.randn(x.shape[0], 1)
+
+
+class Counting(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(3, 2)
+        self.register_buffer("scale", torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.scale.mul_(2)
+        return super().forward(x) * self.scale.clone()
+
+
+class Rebinding(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(3, 2)
+        self.register_buffer("scale", torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.scale = self.scale * 2
+        return super().forward(x) * self.scale
+
+
+class Detached(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).detach()
+
+
+class HalfInside(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).bfloat16()
+
+
+DATA = [(torch.ones(4, 3), torch.tensor([0, 1, 1, 0]))]
+
+
+@pytest.mark.parametrize(
+    ("model", "text"),
+    [
+        (Noisy(3, 2), "draws random numbers"),
+        (Counting(), "buffer scale of Counting changes"),
+        (Rebinding(), "buffer scale of Rebinding changes"),
+        (Detached(3, 2), "does not depend on any trainable parameter"),
+        (HalfInside(3, 2), "came out as torch.bfloat16"),
+        (nn.Linear(3, 2).bfloat16(), "weight is torch.bfloat16"),
+        (nn.Linear(3, 2).half(), "weight is torch.float16"),
+        (nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2).double()), "mixed precision"),
+    ],
+)
+def test_models_without_a_hessian_are_refused_and_left_untouched(model, text, snapshot):
+    before = snapshot(model)
+    with pytest.raises(InputError, match=text):
+        HessianOperator(model, DATA)
+    before.check()
+
+
+def test_unusable_input_is_refused():
+    model = nn.Linear(3, 2)
+    x, y = DATA[0]
+    table = ParamTable.from_model(model)
+    for kwargs, text in [
+        ({"mask": Mask(table, (False, False))}, "keeps no coordinate"),
+        ({"loss": nn.functional.cross_entropy}, r"one number per example, shape \(4,\), got shape \(\)"),
+        ({"dtype": torch.bfloat16}, "float32 or float64"),
+    ]:
+        with pytest.raises(InputError, match=text):
+            HessianOperator(model, DATA, **kwargs)
+    for batches, text in [
+        ([], "non-empty list"),
+        (torch.utils.data.DataLoader([(x, y)]), r"pass list\(loader\)"),
+        ((x, y), "batch 0 is not a pair"),
+        ([(x, y[:3])], "batch 0"),
+        ([(torch.full_like(x, torch.nan), y)], "not finite for 4 of 4 examples"),
+    ]:
+        with pytest.raises(InputError, match=text):
+            HessianOperator(model, batches)
+    with torch.inference_mode(), pytest.raises(InputError, match="inference_mode"):
+        HessianOperator(model, DATA)
+    with torch.inference_mode():
+        inside = [(torch.ones(4, 3), y)]
+    with pytest.raises(InputError, match="inference_mode"):
+        HessianOperator(model, inside)
+    with HessianOperator(model, DATA) as operator:
+        for v in (torch.ones(5), torch.ones(8, dtype=torch.float64)):
+            with pytest.raises(InputError, match="the vector must be"):
+                operator.matvec(v)
+    with pytest.raises(MaskError):
+        HessianOperator(model, DATA, mask=Mask(ParamTable.from_model(nn.Linear(4, 2)), (True, True)))
+
+
+def test_name_says_what_matrix_it_is(conv_case):
+    with HessianOperator(conv_case.model, conv_case.batches, mask=norm_mask(conv_case.model)) as operator:
+        assert operator.name == (
+            "Hessian of the mean loss over 150 examples, mask norm (28 of 679 coordinates), "
+            "evaluation-mode normalization, float64"
+        )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_agrees_with_the_float64_hessian(case):
+    """Convolutions in TF32, CUDA's default, would miss the bound by a factor of 100."""
+    v = torch.randn(len(case.hessian), generator=torch.Generator().manual_seed(10), dtype=torch.float64)
+    state = torch.cuda.get_rng_state()
+    with HessianOperator(case.fresh(torch.float32).cuda(), case.batches) as operator:
+        product = operator.matvec(v.float().cuda())
+        assert product.device.type == "cuda"
+        assert relative(product.cpu().double(), case.hessian @ v) < 5e-6
+        assert lambda_max(operator).value == pytest.approx(float(torch.linalg.eigvalsh(case.hessian)[-1]), rel=1e-5)
+    assert torch.equal(torch.cuda.get_rng_state(), state)
