@@ -2,7 +2,6 @@
 
 from analysis.eigen import lambda_max
 from analysis.estimate import EigenResult, Estimate, Interval, PairedComparison
-from analysis.evaluation import cross_entropy
 from analysis.operator import HessianOperator
 from analysis.sharpness import m_sharpness
 from analysis.stats import (
@@ -23,7 +22,6 @@ __all__ = [
     "PairedComparison",
     "accuracy_interval",
     "compare_paired",
-    "cross_entropy",
     "holm",
     "lambda_max",
     "m_sharpness",

@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from masks.context import Batch, LossFn, cross_entropy
 from masks.errors import InputError
 from masks.mask import Mask, Provenance
 from masks.params import ParamTable
-
-Batch = tuple[Tensor, Tensor]
-"""Inputs and targets; the first dimension counts examples."""
-
-Loss = Callable[[Tensor, Tensor], Tensor]
-"""``loss(logits, targets)`` -> one loss per example, shape (B,)."""
-
-
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy per example in nats: logits (B, C), targets (B,) of class indices -> (B,)."""
-    return F.cross_entropy(logits, targets, reduction="none")
 
 
 def whole_mask(model: nn.Module) -> Mask:
@@ -41,7 +30,7 @@ def describe_mask(mask: Mask) -> str:
     return f"mask {mask.provenance.builder} ({mask.num_kept:,} of {mask.numel:,} coordinates)"
 
 
-def describe_loss(loss: Loss) -> str:
+def describe_loss(loss: LossFn) -> str:
     """What a metric's name adds for a loss other than :func:`cross_entropy`."""
     return "" if loss is cross_entropy else f", loss {getattr(loss, '__qualname__', repr(loss))}"
 
@@ -109,7 +98,7 @@ def place(batch: Batch, dtype: torch.dtype, device: torch.device) -> Batch:
     return x, y
 
 
-def losses(model: nn.Module, batch: Batch, loss: Loss, dtype: torch.dtype, where: str) -> Tensor:
+def losses(model: nn.Module, batch: Batch, loss: LossFn, dtype: torch.dtype, where: str) -> Tensor:
     """The per-example losses of a batch, shape (B,), checked.
 
     Args:

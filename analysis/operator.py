@@ -12,11 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from analysis.evaluation import (
-    Batch,
-    Loss,
     check_batches,
     check_mask,
-    cross_entropy,
     describe_loss,
     describe_mask,
     evaluation_mode,
@@ -25,6 +22,7 @@ from analysis.evaluation import (
     precision_of,
     whole_mask,
 )
+from masks.context import Batch, LossFn, cross_entropy
 from masks.errors import InputError
 from masks.mask import Mask
 
@@ -77,7 +75,7 @@ class HessianOperator:
         batches: Sequence[Batch],
         *,
         mask: Mask | None = None,
-        loss: Loss = cross_entropy,
+        loss: LossFn = cross_entropy,
         dtype: torch.dtype | None = None,
         retain: bool = True,
     ) -> None:

@@ -13,11 +13,8 @@ from torch import Tensor, nn
 
 from analysis.estimate import Estimate
 from analysis.evaluation import (
-    Batch,
-    Loss,
     check_batches,
     check_mask,
-    cross_entropy,
     describe_loss,
     describe_mask,
     evaluation_mode,
@@ -26,6 +23,7 @@ from analysis.evaluation import (
     precision_of,
     whole_mask,
 )
+from masks.context import Batch, LossFn, cross_entropy
 from masks.errors import InputError
 from masks.mask import Mask
 from masks.region import Region
@@ -42,7 +40,7 @@ def m_sharpness(
     mask: Mask | None = None,
     steps: int = 1,
     step_size: float | None = None,
-    loss: Loss = cross_entropy,
+    loss: LossFn = cross_entropy,
 ) -> Estimate:
     """Worst-case m-sharpness (Foret et al. 2021; Andriushchenko et al. 2023).
 
@@ -158,7 +156,7 @@ class _Problem:
     """
 
     model: nn.Module
-    loss: Loss
+    loss: LossFn
     region: Region
     rule: Rule
     rho: float
@@ -168,7 +166,7 @@ class _Problem:
     device: torch.device
 
     @classmethod
-    def at_weights(cls, model: nn.Module, loss: Loss, region: Region, rule: Rule, rho: float) -> _Problem:
+    def at_weights(cls, model: nn.Module, loss: LossFn, region: Region, rule: Rule, rho: float) -> _Problem:
         weights = region.weights()
         scales = [rule.metric.scale(p.row, p.param, w) for p, w in zip(region.pieces, weights, strict=True)]
         return cls(model, loss, region, rule, rho, region.save(), scales, *precision_of(model))

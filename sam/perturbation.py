@@ -265,7 +265,13 @@ def perturbation(
         inverse = torch.ones_like(norm)
         directions = _times([g.sign() for g in masked], scales)
     finite = torch.isfinite(norm)
-    values = _where(finite, torch._foreach_mul(directions, _factors(inverse, radii, directions))) if directions else []
+    factors = _factors(inverse, radii, directions)
+    if not directions:
+        values: list[Tensor] = []
+    elif all(factor is factors[0] for factor in factors):  # one launch on an accelerator, not one per tensor
+        values = _where(finite, torch._foreach_mul(directions, factors[0]))
+    else:
+        values = _where(finite, torch._foreach_mul(directions, factors))
     return Perturbation(values, total_norm(values).to(norm.device), finite)
 
 

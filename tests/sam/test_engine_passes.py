@@ -334,8 +334,8 @@ def test_autocast_around_the_step_sees_the_moved_weights(entry):
             with torch.autocast("cpu", torch.bfloat16):
                 return losses(model)(batch)
 
-        for _ in range(2):
-            with torch.autocast("cpu", torch.bfloat16, enabled=outside):
+        with torch.autocast("cpu", torch.bfloat16, enabled=outside):  # around several steps: one cache for all
+            for _ in range(2):
                 take(optimizer, losses(model) if outside else inside, batches()[0], entry)
         results.append((snapshot(model), optimizer.stats.loss, optimizer.stats.perturbed_loss.detach()))
     assert same_bits(results[0], results[1])
