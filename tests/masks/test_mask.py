@@ -360,6 +360,37 @@ def test_foreign_files(mask: Mask, tmp_path: Path) -> None:
     assert "directory" in refused(tmp_path)
 
 
+class Executes:
+    """Unpickled, it writes a file."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.write_text, (self.target, "executed")
+
+
+def test_loading_executes_nothing(mask: Mask, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    (tmp_path / "a").write_bytes(pickle.dumps(Executes(target)))
+    state: dict[str, Any] = {key: value.numpy() for key, value in mask.state_dict().items()}
+    np.savez(tmp_path / "b.npz", **{**state, "meta": np.array([Executes(target)], dtype=object)})
+    refused(tmp_path / "a")
+    refused(tmp_path / "b.npz")
+    assert not target.exists()
+    np.load(tmp_path / "b.npz", allow_pickle=True)["meta"]
+    assert target.exists()  # it would have
+
+
+def test_messages_of_several_lines_become_one(mask: Mask, tmp_path: Path) -> None:
+    state: dict[str, Any] = {key: value.numpy() for key, value in mask.state_dict().items()}
+    wide = np.zeros(1, dtype=[(f"a_long_name_of_a_field_{i}", "u1") for i in range(500)])
+    np.savez(tmp_path / "m.npz", **{**state, "meta": wide})
+    with np.load(tmp_path / "m.npz") as file, pytest.raises(ValueError, match="\n"):
+        file["meta"]
+    assert "Header info length" in refused(tmp_path / "m.npz")
+
+
 def test_a_mask_of_another_model(mask: Mask, tmp_path: Path) -> None:
     mask.save(tmp_path / "m.npz")
     with pytest.raises(MaskError, match=r"m\.npz holds a mask of another model: parameter weight") as info:
