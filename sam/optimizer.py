@@ -76,8 +76,8 @@ class SAM(Optimizer):
         norm_statistics: the pass in which running statistics of normalization layers are updated.
         replay_rng: draw the same dropout masks in both passes, by resetting the default random generators.
         on_nonfinite: "skip" counts and skips a step with a non-finite gradient. Fused base optimizers decide
-            that on the device; for others, and in a base optimizer's first step, one scalar is read, which on
-            an accelerator waits for it. "raise" reads that scalar after every step and raises.
+            that on the device; for others, and the first time that a parameter is stepped, one scalar is read,
+            which on an accelerator waits for it. "raise" reads that scalar after every step and raises.
 
     Attributes:
         stats: :class:`StepStats` of the last step, None before the first.
@@ -190,7 +190,8 @@ class SAM(Optimizer):
 
         Args:
             closure: zeroes the gradients, computes the loss, calls ``backward`` and returns the loss. It is
-                called twice (once under an empty mask) and must use the same batch both times.
+                called twice (once under an empty mask) and must use the same batch both times. Gradients left
+                from before are discarded.
 
         Returns:
             The loss of the first call.

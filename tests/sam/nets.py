@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from masks import Budget, Mask, MaskContext, ParamTable, build_mask, list_masks
-from sam import SAM, Rule
+from sam import SAM, Elementwise, Identity, Layerwise, Rule
 
 Batch = tuple[Tensor, Tensor]
 
@@ -274,6 +274,17 @@ def quadratic_masks(model: Quadratic) -> dict[str, Mask]:
 
 def flat(tensors: Sequence[Tensor]) -> np.ndarray:
     return np.concatenate([t.detach().numpy().reshape(-1) for t in tensors])
+
+
+def describe(rule: Rule) -> dict:
+    """The rule in the words of the reference implementation."""
+    name = {Identity: "identity", Elementwise: "elementwise", Layerwise: "layerwise"}[type(rule.metric)]
+    return {
+        "metric": name,
+        "p": rule.p,
+        "eta": getattr(rule.metric, "eta", 0.0),
+        "bias": getattr(rule.metric, "bias", "identity"),
+    }
 
 
 def reference_eps(

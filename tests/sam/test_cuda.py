@@ -82,11 +82,11 @@ def test_a_nonfinite_gradient_skips_the_step(base):
 
 def test_a_checkpoint_read_onto_the_device_loads():
     """`torch.load(map_location="cuda")` moves the mask's bits, too."""
-    _, optimizer = run("cuda", "adamw")
+    _, optimizer = run("cuda")
     buffer = io.BytesIO()
     torch.save(optimizer.state_dict(), buffer)
     buffer.seek(0)
-    _, again = run("cuda", "adamw", steps=1)
+    _, again = run("cuda", steps=1)
     again.load_state_dict(torch.load(buffer, map_location="cuda", weights_only=True))
     again.step_on(losses(again.model), on("cuda", batches(dtype=torch.float64)[0]))
 

@@ -13,20 +13,19 @@ from masks import InputError, Mask, ParamTable
 from masks.region import Region
 from sam import Elementwise, Identity, Layerwise, Rule, perturbation
 from sam.perturbation import RULE_NAMES, total_norm
-from tests.sam.nets import RULES, RULES_AND_SCOPES, Quadratic, flat, make, mixed_mask, quadratic_masks, reference_eps
+from tests.sam.nets import (
+    RULES,
+    RULES_AND_SCOPES,
+    Quadratic,
+    describe,
+    flat,
+    make,
+    mixed_mask,
+    quadratic_masks,
+    reference_eps,
+)
 
 FORMS = ("whole", "index", "dense", "mixed", "all")
-
-
-def describe(rule: Rule) -> dict:
-    """The rule in the words of the reference implementation."""
-    name = {Identity: "identity", Elementwise: "elementwise", Layerwise: "layerwise"}[type(rule.metric)]
-    return {
-        "metric": name,
-        "p": rule.p,
-        "eta": getattr(rule.metric, "eta", 0.0),
-        "bias": getattr(rule.metric, "bias", "identity"),
-    }
 
 
 def perturb(model, mask, rule, scope="masked", rho=0.3, gradients=None):
