@@ -1,9 +1,28 @@
 """Whether a solution is flat, and whether a difference is more than noise. Nothing here trains."""
 
-from analysis.eigen import lambda_max
+from analysis.arpack import eigsh
+from analysis.average import average_sharpness
+from analysis.builtin_metrics import PRIMARY
+from analysis.eigen import EigenPairs, eigenpairs, lambda_max
 from analysis.estimate import EigenResult, Estimate, Interval, PairedComparison
+from analysis.fisher import EmpiricalFisherOperator, FisherOperator
+from analysis.flatness import relative_flatness
+from analysis.gauss_newton import GaussNewtonOperator
+from analysis.gradients import fisher_trace, gradient_norm
+from analysis.landscape import Slice, direction_between, gradient_direction, loss_slice, random_direction
+from analysis.low_rank_trace import hutch_pp, xtrace
+from analysis.metrics import (
+    MetricContext,
+    MetricInfo,
+    evaluate,
+    list_metrics,
+    measurements,
+    metric_info,
+    register_metric,
+)
 from analysis.operator import HessianOperator
 from analysis.sharpness import m_sharpness
+from analysis.spectrum import SpectralDensity, spectral_density
 from analysis.stats import (
     accuracy_interval,
     compare_paired,
@@ -13,20 +32,51 @@ from analysis.stats import (
     seeds_needed,
     sign_flip_p,
 )
+from analysis.trace import Moments, moments, trace_breakdown
 
 __all__ = [
+    "PRIMARY",
+    "EigenPairs",
     "EigenResult",
+    "EmpiricalFisherOperator",
     "Estimate",
+    "FisherOperator",
+    "GaussNewtonOperator",
     "HessianOperator",
     "Interval",
+    "MetricContext",
+    "MetricInfo",
+    "Moments",
     "PairedComparison",
+    "Slice",
+    "SpectralDensity",
     "accuracy_interval",
+    "average_sharpness",
     "compare_paired",
+    "direction_between",
+    "eigenpairs",
+    "eigsh",
+    "evaluate",
+    "fisher_trace",
+    "gradient_direction",
+    "gradient_norm",
     "holm",
+    "hutch_pp",
     "lambda_max",
+    "list_metrics",
+    "loss_slice",
     "m_sharpness",
     "mean_interval",
+    "measurements",
+    "metric_info",
     "min_sign_flip_p",
+    "moments",
+    "random_direction",
+    "register_metric",
+    "relative_flatness",
     "seeds_needed",
     "sign_flip_p",
+    "spectral_density",
+    "trace_breakdown",
+    "xtrace",
 ]

@@ -8,15 +8,15 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from analysis.equivalence import seed_contributions, set_means, set_ratios, typical_interval, typical_p
+from analysis.equivalence import seed_contributions, seed_sets, set_means, set_ratios, typical_interval, typical_p
 from analysis.estimate import Interval
 from analysis.reliability import PairedRuns
-from analysis.stats import mean_interval
 
 Floats = NDArray[np.float64]
-Correction = Literal["none", "retest", "sweep"]
+Correction = Literal["sweep", "retest"]
 
 MIN_RADII = 3  # of each arm in the common range: two cannot tell a curve from an effect of the mask
+_INTERPOLATED_SETS = 255
 
 ASSUMPTIONS = (
     "Iso-sharpness: rho acts on the test error only through the sharpness (no other effect of a larger rho); the curve "
@@ -62,7 +62,6 @@ class IsoSharpness:
         radii_arm: number of radii of the arm in it.
         sweep: corrected by the other seeds' means; None where not decided.
         retest: corrected by the measured reliability; None where not decided or not measured twice.
-        uncorrected: biased towards "the mask still matters"; shown only to be compared.
         interpolated: mean gain between the arms' mean curves over the common range, points.
     """
 
@@ -74,7 +73,6 @@ class IsoSharpness:
     radii_arm: int
     sweep: IsoEstimate | None = None
     retest: IsoEstimate | None = None
-    uncorrected: IsoEstimate | None = None
     interpolated: Interval | None = None
 
 
@@ -88,15 +86,14 @@ def iso_sharpness(runs: PairedRuns, *, confidence: float = 0.95) -> IsoSharpness
     range if m is; for the counts, if the mean over all seeds is. Both leave a run's own errors out of the choice.
 
     Errors in x attenuate b, and what b does not explain of the gain looks like an effect of the mask. They are taken
-    out by an instrument z in place of x, with which the errors of x are not correlated:
+    out by an instrument z for x, with which the errors of x are not correlated:
 
     - "sweep": z = m (grouping, Wald 1940). Only what rho moves counts; errors of any kind within a run drop out.
     - "retest": z = the repeated measurement, both ways round. ``sum x1 x2`` is ``sum xbar^2`` minus the measured
       variance of its error: the method of moments with the measured reliability, its uncertainty included.
-    - "none": z = x.
 
-    Intervals by the seeds' wild bootstrap (:mod:`analysis.equivalence`). In simulations of gains that run fully
-    through sharpness, see ``benchmarks/results/verdict_calibration.json``.
+    Intervals by the seeds' wild bootstrap (:mod:`analysis.equivalence`); ``benchmarks/verdict_calibration.py`` shows
+    how they cover, and how often an analysis without correction errs.
 
     Args:
         runs: both arms; see :func:`paired_runs`.
@@ -110,7 +107,7 @@ def iso_sharpness(runs: PairedRuns, *, confidence: float = 0.95) -> IsoSharpness
     inside = _inside(mean[None, :], runs.in_arm)[0]
     counts = [int(inside[runs.in_arm == side].sum()) for side in (False, True)]
     reason = ""
-    if low[0] >= high[0]:
+    if low[0] > high[0]:
         reason = "no overlap: not decided; the arms have no flatness in common"
     elif min(counts) < MIN_RADII:
         reason = (
@@ -119,14 +116,14 @@ def iso_sharpness(runs: PairedRuns, *, confidence: float = 0.95) -> IsoSharpness
         )
     found: dict[str, IsoEstimate | None] = {}
     if not reason:
-        corrections: list[Correction] = ["sweep", "none", *(["retest"] if runs.repeats is not None else [])]
+        corrections: tuple[Correction, ...] = ("sweep",) if runs.repeats is None else ("sweep", "retest")
         try:
             found = {c: _estimate(runs, c, float(low[0] + high[0]) / 2, confidence) for c in corrections}
         except np.linalg.LinAlgError:
             found, reason = {}, "not decided; on the common range sharpness and mask cannot be told apart"
     return IsoSharpness(
         not reason, reason, float(low[0]), float(high[0]), counts[0], counts[1],
-        found.get("sweep"), found.get("retest"), found.get("none"),
+        found.get("sweep"), found.get("retest"),
         None if reason else _interpolated(runs, confidence),
     )  # fmt: skip
 
@@ -152,15 +149,13 @@ def _estimate(runs: PairedRuns, correction: Correction, centre: float, confidenc
 
     def within_seed(values: Floats) -> Floats:
         mean = (values * weight).sum(axis=1) / np.maximum(weight.sum(axis=1), 1)
-        return (values - mean[:, None]) * weight
+        return np.asarray((values - mean[:, None]) * weight)
 
     def design(z: Floats) -> Floats:
         return np.stack([within_seed(column) for column in (arm, z, arm * m, m**2)], axis=-1)
 
-    pairs = [(design(x), design(x))]
-    if correction == "sweep":
-        pairs = [(design(others), design(x))]
-    elif correction == "retest" and runs.repeats is not None:
+    pairs = [(design(others), design(x))]
+    if correction == "retest" and runs.repeats is not None:
         first, second = (design(repeat) for repeat in runs.repeats)
         pairs = [(first, second), (second, first)]
     y = within_seed(runs.gain)
@@ -195,22 +190,30 @@ def _estimate(runs: PairedRuns, correction: Correction, centre: float, confidenc
 
 
 def _interpolated(runs: PairedRuns, confidence: float) -> Interval:
-    """Mean distance of the arms' curves (mean gain against mean flatness, straight between radii); jackknife over seeds.
+    """Mean distance of the arms' curves of mean gain against mean flatness, straight between radii.
 
-    The means over seeds carry little error of measurement, so that it attenuates little.
+    Means over seeds carry little error of measurement, but some: what is left of it is not corrected. The interval is
+    from the distances of sets of seeds, at most 255 of them.
     """
 
-    def distance(x: Floats, y: Floats) -> float:
-        low, high = _common(x[None, :], runs.in_arm)
-        grid = np.linspace(low[0], high[0], 65)
+    sets = seed_sets(runs.n)
+    if len(sets) > _INTERPOLATED_SETS:
+        sets = sets[np.random.default_rng(0).choice(len(sets), _INTERPOLATED_SETS, replace=False)]
+    weights = np.vstack([np.full(runs.n, 1 / runs.n), sets / np.maximum(sets.sum(axis=1, keepdims=True), 1)])
+    x, y = weights @ runs.flatness, weights @ runs.gain
+    low, high = _common(x, runs.in_arm)
+    distance = np.full(len(weights), np.nan)
+    for i in np.flatnonzero(low <= high):
+        grid = np.linspace(low[i], high[i], 33)
         curves = []
-        for side in (True, False):
-            order = np.argsort(x[runs.in_arm == side])
-            curves.append(np.interp(grid, x[runs.in_arm == side][order], y[runs.in_arm == side][order]))
-        return float((curves[0] - curves[1]).mean())
-
-    n, x, y = runs.n, runs.flatness, runs.gain
-    full = distance(x.mean(axis=0), y.mean(axis=0))
-    without = [distance(np.delete(x, s, 0).mean(axis=0), np.delete(y, s, 0).mean(axis=0)) for s in range(n)]
-    pseudo = n * full - (n - 1) * np.array(without)
-    return mean_interval(pseudo, name="gain at equal sharpness by interpolation, points", confidence=confidence)
+        for side in (runs.in_arm, ~runs.in_arm):
+            order = np.argsort(x[i, side])
+            curves.append(np.interp(grid, x[i, side][order], y[i, side][order]))
+        distance[i] = (curves[0] - curves[1]).mean()
+    return typical_interval(
+        distance[1:],
+        estimate=float(distance[0]),
+        n=runs.n,
+        name="gain at equal sharpness by interpolation, points",
+        confidence=confidence,
+    )

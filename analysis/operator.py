@@ -1,16 +1,22 @@
-"""Products of the Hessian, restricted to a mask, with vectors."""
+"""Products of curvature matrices, restricted to a mask, with vectors; the Hessian."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
-from typing import Self
+from typing import Literal, Protocol, Self
 
+import numpy as np
 import torch
+from scipy.sparse.linalg import LinearOperator
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
+from analysis.batch_statistics import batch_statistics
+from analysis.coordinates import Coordinates
 from analysis.evaluation import (
     check_batches,
     check_mask,
@@ -22,33 +28,40 @@ from analysis.evaluation import (
     precision_of,
     whole_mask,
 )
+from analysis.linear import as_scipy
+from analysis.watch import Watch
 from masks.context import Batch, LossFn, cross_entropy
-from masks.errors import InputError
+from masks.errors import InputError, unknown_name
 from masks.mask import Mask
 
-
-@dataclass(frozen=True, eq=False)
-class _Block:
-    """The kept coordinates of one tensor; ``index``: their C-order positions, None for the whole tensor."""
-
-    param: Tensor
-    index: Tensor | None
-    size: int
+Statistics = Literal["evaluation", "batch"]
+STATISTICS = {"evaluation": "evaluation-mode normalization", "batch": "normalization by each batch's statistics"}
+MEMORY_BUDGET = 2 * 2**30
 
 
-class HessianOperator:
-    """The Hessian of the mean loss over fixed data at the current weights, as a symmetric linear operator.
+class BatchGraph(Protocol):
+    """What autograd has recorded of one batch, from which products are taken."""
 
-    ``H = d^2/dw^2 (1/N) sum_i loss(model(x_i; w), y_i)``, all N examples with equal weight however they are
-    cut into batches, restricted to the rows and columns of the coordinates that the mask keeps. The model
-    is in evaluation mode meanwhile and is left as it was (see :func:`analysis.evaluation.evaluation_mode`).
+    def product(self, direction: Sequence[Tensor], *, keep: bool) -> Sequence[Tensor] | None:
+        """The batch's part of the product, tensors of the parameters' shapes; None for zero.
+
+        ``direction`` has one tensor per parameter; ``keep``: the graph is needed again.
+        """
+        ...
+
+
+class CurvatureOperator(ABC):
+    """A curvature matrix of the mean loss over fixed data at the current weights, as a symmetric linear operator.
+
+    All N examples have equal weight however they are cut into batches. The rows and columns are those of the
+    coordinates that the mask keeps. The model is in evaluation mode meanwhile and is left as it was (see
+    :func:`analysis.evaluation.evaluation_mode`).
 
     A vector is a flat tensor of shape (``dimension``,) over the kept coordinates: tensors in table order,
     inside a tensor in C order. :meth:`unflatten` turns one into full tensors.
 
-    Products are by double backward (Pearlmutter 1994). A mask of whole tensors restricts differentiation to
-    these tensors, which saves work; inside a tensor that is kept in part the product is computed in full and
-    cut.
+    A mask of whole tensors restricts differentiation to these tensors, which saves work; inside a tensor that is
+    kept in part the product is computed in full and cut.
 
     Args:
         model: the model, float32 or float64.
@@ -56,8 +69,16 @@ class HessianOperator:
         mask: the coordinates; None for all trainable parameters.
         loss: per-example loss, ``(logits, targets) -> (B,)``.
         dtype: compute in this precision, in a copy of the model; None for the model's own.
-        retain: keep the graph of every batch's gradient: a product then costs 2 gradients instead of 3, at
-            the price of the memory of all graphs until :meth:`close` (leave the ``with`` block).
+        scale: None, or "abs" for ``C A C`` with ``C = diag(|w|)``, the curvature in the coordinates of elementwise
+            adaptive sharpness (Kwon et al. 2021, ASAM), which rescaling a ReLU network's neurons leaves as it is.
+        statistics: what BatchNorm normalizes by: "evaluation", the running statistics; or "batch", those of each
+            batch, through which derivatives then pass: the matrix depends on how the data are cut, and the
+            running statistics are not touched.
+        retain: keep autograd's record of every batch, at the price of its memory until :meth:`close` (leave the
+            ``with`` block): a Hessian product then costs 2 gradients instead of 3. True, False, or "auto": of as
+            many of the first batches as fit into the budget; the others are rebuilt at every product.
+        memory_budget: for "auto", in bytes of what autograd holds, the weights aside: the first batch is weighed,
+            the others count in proportion to their inputs.
 
     Attributes:
         num_products: products so far.
@@ -65,9 +86,12 @@ class HessianOperator:
 
     Raises:
         InputError: empty mask, parameters in mixed or low precision, data that are no batches, a loss that
-            is not finite, is not per example or does not depend on the weights.
+            is not finite, is not per example or does not depend on the weights, an unknown option.
         MaskError: the mask is of another model.
     """
+
+    matrix: str
+    """What the matrix is called."""
 
     def __init__(
         self,
@@ -77,12 +101,22 @@ class HessianOperator:
         mask: Mask | None = None,
         loss: LossFn = cross_entropy,
         dtype: torch.dtype | None = None,
-        retain: bool = True,
+        scale: Literal["abs"] | None = None,
+        statistics: Statistics = "evaluation",
+        retain: bool | Literal["auto"] = "auto",
+        memory_budget: int = MEMORY_BUDGET,
     ) -> None:
+        if statistics not in STATISTICS:
+            raise InputError(unknown_name("statistics", statistics, STATISTICS))
+        if scale not in (None, "abs"):
+            raise InputError(f"scale must be None or 'abs', got {scale!r}")
+        if retain not in (True, False, "auto") or memory_budget < 0:
+            raise InputError(
+                f"retain must be True, False or 'auto', memory_budget not negative; got {retain!r}, {memory_budget}"
+            )
         self.mask = whole_mask(model) if mask is None else mask
         check_mask(self.mask)
         self.dtype, self.device = precision_of(model)
-        self._watched = model
         self._model = model
         if dtype is not None and dtype != self.dtype:
             if dtype not in (torch.float32, torch.float64):
@@ -90,27 +124,17 @@ class HessianOperator:
             self.dtype = dtype
             self._model = copy.deepcopy(model).to(dtype)
         self._loss = loss
-        self._given = check_batches(batches)
-        self._batches = [place(batch, self.dtype, self.device) for batch in self._given]
+        self._statistics = statistics
+        given = check_batches(batches)
+        self._batches = [place(batch, self.dtype, self.device) for batch in given]
         self.num_examples = sum(len(x) for x, _ in self._batches)
         self.num_products = 0
-        self._blocks = [
-            _Block(param, _positions(part, param), count)
-            for param, part, count in zip(
-                self.mask.table.tensors(self._model), self.mask.parts, self.mask.counts, strict=True
-            )
-            if count
-        ]
+        self._coordinates = Coordinates(self._model, self.mask)
+        self._scale = None if scale is None else self._coordinates.flatten(self._coordinates.params).detach().abs()
         self._closed = False
-        # The data are watched by version only: a copy could be larger than everything else.
-        data = {id(t) for batch in self._given for t in batch}
-        self._seen = {
-            name: (t, t._version, None if id(t) in data else _bits(t).clone()) for name, t in self._live().items()
-        }
-        self._graphs: list[list[Tensor]] | None = None
-        if retain:
-            with evaluation_mode(self._model):
-                self._graphs = [self._gradient(batch) for batch in self._batches]
+        self._watch = Watch(model, given, type(self).__name__)
+        with self._mode():
+            self._graphs = self._retained(retain, memory_budget)
 
     @property
     def dimension(self) -> int:
@@ -118,16 +142,21 @@ class HessianOperator:
         return self.mask.num_kept
 
     @property
+    def num_retained(self) -> int:
+        """Number of batches whose records are kept."""
+        return len(self._graphs)
+
+    @property
     def name(self) -> str:
         """What matrix this is, in full."""
-        precision = str(self.dtype).removeprefix("torch.")
+        matrix = self.matrix if self._scale is None else f"|w|-scaled {self.matrix}"
         return (
-            f"Hessian of the mean loss over {self.num_examples} examples, {describe_mask(self.mask)}, "
-            f"evaluation-mode normalization, {precision}{describe_loss(self._loss)}"
+            f"{matrix} of the mean loss over {self.num_examples} examples, {describe_mask(self.mask)}, "
+            f"{STATISTICS[self._statistics]}, {str(self.dtype).removeprefix('torch.')}{describe_loss(self._loss)}"
         )
 
     def __repr__(self) -> str:
-        return f"HessianOperator({self.name})"
+        return f"{type(self).__name__}({self.name})"
 
     def __enter__(self) -> Self:
         return self
@@ -138,12 +167,12 @@ class HessianOperator:
         self.close()
 
     def close(self) -> None:
-        """Free the retained graphs; no product is possible afterwards."""
-        self._graphs = None
+        """Free the retained records; no product is possible afterwards."""
+        self._graphs = []
         self._closed = True
 
     def matvec(self, vector: Tensor) -> Tensor:
-        """``H v``.
+        """``A v``.
 
         Args:
             vector: v, shape (dimension,), in the operator's dtype and on its device.
@@ -153,91 +182,118 @@ class HessianOperator:
 
         Raises:
             InputError: a vector that does not fit, a closed operator, weights, buffers or data that have
-                changed since the operator was built, or (without retained graphs) a loss that is not finite.
+                changed since the operator was built, or (where records are rebuilt) a loss that is not finite.
         """
         if self._closed:
-            raise InputError("this HessianOperator is closed; use it inside its with block")
+            raise InputError(f"this {type(self).__name__} is closed; use it inside its with block")
         if vector.shape != (self.dimension,) or vector.dtype != self.dtype or vector.device != self.device:
             raise InputError(
                 f"the vector must be {self.dtype} of shape ({self.dimension},) on {self.device}, "
                 f"got {vector.dtype} of shape {tuple(vector.shape)} on {vector.device}"
             )
-        self._check_unchanged()
-        direction = self._expand(vector.detach())
+        self._watch.check()
+        vector = vector.detach()
+        direction = self._coordinates.expand(vector if self._scale is None else self._scale * vector)
         product = torch.zeros_like(vector)
-        with evaluation_mode(self._model):
-            for i, batch in enumerate(self._batches):
-                retained = self._graphs is not None
-                gradient = self._graphs[i] if self._graphs is not None else self._gradient(batch)
-                # A gradient that is constant in the kept weights, or does not reach them, contributes nothing.
-                pairs = [(g, v) for g, v in zip(gradient, direction, strict=True) if g.requires_grad]
-                if pairs:
-                    outputs, directions = zip(*pairs, strict=True)
-                    second = torch.autograd.grad(
-                        outputs, self._params(), directions, retain_graph=retained, materialize_grads=True
-                    )
-                    product += self._flatten(second)
+        with self._mode():
+            for i in range(len(self._batches)):
+                keep = i < len(self._graphs)
+                part = (self._graphs[i] if keep else self._record(i)).product(direction, keep=keep)
+                if part is not None:
+                    product += self._coordinates.flatten(part)
         self.num_products += 1
-        return product
+        return product if self._scale is None else product.mul_(self._scale)
+
+    def as_scipy(self) -> LinearOperator:
+        """The operator for ``scipy.sparse.linalg``, on NumPy vectors."""
+        return as_scipy(self)
 
     def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
         """A vector as tensors of the parameters' shapes, zero outside the mask, by parameter name.
 
         Tensors that the mask does not touch are left out.
         """
-        names = [row.name for row, count in zip(self.mask.table, self.mask.counts, strict=True) if count]
-        return dict(zip(names, self._expand(vector), strict=True))
+        return dict(zip(self._coordinates.names, self._coordinates.expand(vector), strict=True))
 
     # -- inside ---------------------------------------------------------------------------------------------
 
-    def _params(self) -> list[Tensor]:
-        return [block.param for block in self._blocks]
+    @abstractmethod
+    def _record(self, i: int) -> BatchGraph:
+        """The record of batch i; its products add up to those of the matrix."""
 
-    def _gradient(self, batch: Batch) -> list[Tensor]:
-        """The batch's part of the gradient of the mean loss, with its graph."""
-        total = losses(self._model, batch, self._loss, self.dtype, "at the given weights").sum() / self.num_examples
-        if not total.requires_grad:
+    def _losses(self, i: int, loss: LossFn) -> Tensor:
+        """The losses of batch i, shape (B,), with their graph."""
+        try:
+            values = losses(self._model, self._batches[i], loss, self.dtype, "at the given weights")
+        except ValueError as error:
+            if self._statistics == "batch" and not isinstance(error, InputError):
+                raise InputError(f"batch {i} has no statistics: {error}") from error
+            raise
+        if not values.requires_grad:
             raise InputError("the loss does not depend on any trainable parameter (a forward pass without gradients?)")
-        return list(torch.autograd.grad(total, self._params(), create_graph=True, materialize_grads=True))
+        return values
 
-    def _expand(self, vector: Tensor) -> list[Tensor]:
-        out = []
-        for block, chunk in zip(self._blocks, torch.split(vector, [b.size for b in self._blocks]), strict=True):
-            if block.index is not None:
-                chunk = vector.new_zeros(block.param.numel()).index_copy_(0, block.index, chunk)
-            out.append(chunk.view(block.param.shape))
-        return out
+    @contextmanager
+    def _mode(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            stack.enter_context(evaluation_mode(self._model))
+            if self._statistics == "batch":
+                stack.enter_context(batch_statistics(self._model))
+            yield
 
-    def _flatten(self, tensors: Sequence[Tensor]) -> Tensor:
-        flat = [
-            tensor.reshape(-1) if block.index is None else tensor.reshape(-1).index_select(0, block.index)
-            for block, tensor in zip(self._blocks, tensors, strict=True)
-        ]
-        return torch.cat(flat)
+    def _retained(self, retain: bool | Literal["auto"], budget: int) -> list[BatchGraph]:
+        keep = len(self._batches) if retain is True else 0
+        if retain == "auto":
+            sizes = np.cumsum([x.numel() for x, _ in self._batches])
+            keep = int(np.count_nonzero(sizes * (self._weight() / sizes[0]) <= budget))
+        return [self._record(i) for i in range(keep)]
 
-    def _live(self) -> dict[str, Tensor]:
-        """Everything that H depends on, as it is now."""
-        data = {f"{what} of batch {i}": t for i, xy in enumerate(self._given) for what, t in zip("xy", xy, strict=True)}
-        return {**dict(self._watched.named_parameters()), **dict(self._watched.named_buffers()), **data}
+    def _weight(self) -> int:
+        """Bytes of the tensors that the record of the first batch holds, parameters aside."""
+        held: dict[int, int] = {}
 
-    def _check_unchanged(self) -> None:
-        """Autograd's version counters miss changes made through ``.data``: compare the content as well."""
-        live = self._live()
-        for name in [*self._seen, *live]:
-            tensor, version, bits = self._seen.get(name, (None, 0, None))
-            now = live.get(name)
-            changed = now is None or now is not tensor or now._version != version
-            if not changed and now is not None and bits is not None:
-                changed = now.device != bits.device or not torch.equal(_bits(now), bits)
-            if changed:
-                raise InputError(f"{name} has changed since this HessianOperator was built; build a new one")
+        def weigh(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            held[storage.data_ptr()] = storage.nbytes()
+            return tensor.detach()  # the tensor itself would make a reference cycle, freed only by the collector
+
+        # A record made under these hooks is thrown away: autograd does not see in-place changes of what it holds.
+        with saved_tensors_hooks(weigh, lambda tensor: tensor):
+            self._record(0)
+        own = {param.untyped_storage().data_ptr() for param in self._model.parameters()}
+        return sum(size for pointer, size in held.items() if pointer not in own)
 
 
-def _positions(part: bool | Tensor, param: Tensor) -> Tensor | None:
-    return part.to(param.device).reshape(-1).nonzero().squeeze(1) if isinstance(part, Tensor) else None
+class HessianOperator(CurvatureOperator):
+    """The Hessian ``H = d^2/dw^2 (1/N) sum_i loss(model(x_i; w), y_i)``, see :class:`CurvatureOperator`.
+
+    Products are by double backward (Pearlmutter 1994, Fast exact multiplication by the Hessian).
+    """
+
+    matrix = "Hessian"
+
+    def _record(self, i: int) -> BatchGraph:
+        total = self._losses(i, self._loss).sum() / self.num_examples
+        params = self._coordinates.params
+        return _Gradient(params, torch.autograd.grad(total, params, create_graph=True, materialize_grads=True))
 
 
-def _bits(tensor: Tensor) -> Tensor:
-    """The tensor's bits as integers, so that NaN equals itself and 0.0 does not equal -0.0."""
-    tensor = torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    return tensor.detach().view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()])
+class _Gradient:
+    """A batch's part of the gradient of the mean loss."""
+
+    def __init__(self, params: Sequence[Tensor], gradient: Sequence[Tensor]) -> None:
+        self._params, self._gradient = params, gradient
+
+    def product(self, direction: Sequence[Tensor], *, keep: bool) -> Sequence[Tensor] | None:
+        return pull_back(self._gradient, direction, self._params, keep=keep)
+
+
+def pull_back(
+    outputs: Sequence[Tensor], weights: Sequence[Tensor], inputs: Sequence[Tensor], *, keep: bool
+) -> Sequence[Tensor] | None:
+    """``sum_j J_j^T weight_j`` for outputs with Jacobians ``J_j``; constant outputs contribute nothing."""
+    pairs = [(o, w) for o, w in zip(outputs, weights, strict=True) if o.requires_grad]
+    if not pairs:
+        return None
+    moving, factors = zip(*pairs, strict=True)
+    return torch.autograd.grad(moving, inputs, factors, retain_graph=keep, materialize_grads=True)

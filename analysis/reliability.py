@@ -97,32 +97,41 @@ def run_grid(frame: pd.DataFrame, columns: Sequence[str], arms: Sequence[str] | 
     rows = frame.loc[frame["arm"].isin(list(arms)) if arms else slice(None), needed]
     if not len(rows):
         raise InputError("the study holds no run")
+    if not np.isfinite(pd.to_numeric(rows["rho"], errors="coerce")).all():
+        raise InputError("column rho must hold finite numbers; give the baseline rho = 0")
     twice = int(rows.duplicated(["arm", "seed", "rho"]).sum())
     if twice:
         raise InputError(f"{twice} of {len(rows)} runs have the arm, seed and rho of another run")
-    table = rows.pivot(index="seed", columns=["arm", "rho"], values=list(columns))
-    absent = table[columns[0]].shape[0] * table[columns[0]].shape[1] - len(rows)
+    seeds, seed = np.unique(rows["seed"].to_numpy(), return_inverse=True)
+    cells = sorted({(str(arm), float(rho)) for arm, rho in zip(rows["arm"], rows["rho"], strict=True)})
+    number = {cell: i for i, cell in enumerate(cells)}
+    cell = [number[str(arm), float(rho)] for arm, rho in zip(rows["arm"], rows["rho"], strict=True)]
+    absent = len(seeds) * len(cells) - len(rows)
     if absent:
         raise InputError(
-            f"{absent} runs are missing: {len(rows)} of {len(table)} seeds x {table[columns[0]].shape[1]} pairs of arm "
-            "and rho; leave out the radii or seeds that are not complete"
+            f"{absent} runs are missing: {len(rows)} of {len(seeds)} seeds x {len(cells)} pairs of arm and rho; leave "
+            "out the radii or seeds that are not complete"
         )
-    values = {column: _numbers(table[column], column) for column in columns}
+    values = {}
+    for column in columns:
+        values[column] = np.empty((len(seeds), len(cells)))
+        values[column][seed, cell] = _numbers(rows[column])
     error = values.get("test_error")
     if error is not None and (error.min() < 0 or error.max() > 1):
         raise InputError(f"test_error must be a fraction from 0 to 1, got {error.min():g} to {error.max():g}")
-    cells = tuple((str(arm), float(rho)) for arm, rho in table[columns[0]].columns)
-    return RunGrid(tuple(table.index), cells, values)
+    return RunGrid(tuple(seeds.tolist()), tuple(cells), values)
 
 
-def _numbers(table: pd.DataFrame, column: str) -> Floats:
+def _numbers(column: pd.Series[Any]) -> Floats:
     try:
-        values = table.to_numpy(dtype=np.float64)
+        values = column.to_numpy(dtype=np.float64)
     except (TypeError, ValueError):
-        raise InputError(f"column {column} must hold numbers") from None
+        raise InputError(f"column {column.name} must hold numbers") from None
     bad = int((~np.isfinite(values)).sum())
     if bad:
-        raise InputError(f"column {column}: {bad} of {values.size} runs have no finite value; leave out their radii")
+        raise InputError(
+            f"column {column.name}: {bad} of {values.size} runs have no finite value; leave out their radii"
+        )
     return values
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,7 +18,7 @@ from experiments.cost import step_costs
 from experiments.models import build_model, check_model
 from experiments.seeds import derive_seed
 from experiments.split import make_split
-from experiments.train import batches_of, load_cached, load_weights
+from experiments.train import batches_of, load_cached, load_weights, sample_of
 from masks import Batch, Budget, Mask, MaskContext, MaskError, MaskSpec, ParamTable, list_masks
 from masks.errors import InputError
 
@@ -53,6 +54,10 @@ class Target:
         Raises:
             InputError: the model, the checkpoint or the data cannot be had.
         """
+        for name in ("num_classes", "score_images"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} must be at least 1, got {value}")
         batches: list[Batch] = []
         if self.data is None:
             shape = IMAGE_SHAPES.get(self.model.partition(":")[0], DEFAULT_SHAPE)
@@ -60,8 +65,10 @@ class Target:
         else:
             data = load_cached(self.data)
             shape, sample, classes = data.image_shape, data.x[:2], data.num_classes
+            if self.num_classes is not None and self.num_classes < classes:
+                raise InputError(f"num_classes is {self.num_classes}, but {self.data} has {classes} classes")
             split = make_split(data, seed=self.seed)
-            batches = batches_of(split.train_x[: self.score_images], split.train_y[: self.score_images], 64)
+            batches = batches_of(*sample_of(split, self.score_images, self.seed, torch.device("cpu")), 64)
         classes = self.num_classes or classes
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed(self.seed, "init"))
@@ -179,10 +186,11 @@ def build_all(
         start = time.perf_counter()
         try:
             mask = spec.build(context, budget)
-        except MaskError as error:
+        except Exception as error:  # whatever the builder of a plugin raises: one mask must not hide the others
+            text = str(error) if isinstance(error, MaskError) else f"its builder raised {type(error).__name__}: {error}"
             if only:
-                raise
-            built[name] = Anatomy(name, spec.info.kind, table.numel, skipped=str(error))
+                raise MaskError(text if name in text else f"mask {name}: {text}") from None
+            built[name] = Anatomy(name, spec.info.kind, table.numel, skipped=text)
             continue
         seconds = time.perf_counter() - start
         touched[name] = {count.row.name for count in mask.per_layer() if count.kept}
@@ -206,9 +214,11 @@ def build_all(
 
 
 def _save(mask: Mask, folder: Path, name: str) -> None:
-    path = folder / (name.replace(":", "_").replace("=", "-") + ".npz")
+    path = folder / (re.sub(r"[^\w.=+@-]", "_", name).replace("=", "-") + ".npz")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if path.exists() and Mask.load(path) != mask:
+            raise InputError(f"{path} holds another mask; choose another folder with --save")
         mask.save(path)
     except OSError as error:
         raise InputError(f"cannot write {path}: {error.strerror or error}") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,17 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         InputError: missing, truncated, not a checkpoint, or one that would execute code to be read.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        path.open("rb").close()
     except OSError as error:
         raise InputError(f"cannot read checkpoint {path}: {error.strerror or error}") from None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # remarks on the pickle of a file that is then refused
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the restricted unpickler raises whatever a foreign file leads it into
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(f"{path} is not a checkpoint of plain tensors, or is truncated: {first}") from None
+        # Its messages advise to load without the restriction, which would execute the file.
+        kind = type(error).__name__
+        raise InputError(f"{path} is not a checkpoint of plain tensors, or is truncated ({kind})") from None
     for key in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]

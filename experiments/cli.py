@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -28,19 +29,26 @@ class UsageError(InputError):
 
 
 class _Parser(jsonargparse.ArgumentParser):
-    """Errors as one line, with the nearest names."""
+    """Errors as one line, with the nearest names.
+
+    Attributes:
+        command: the command asked for, whose options are offered.
+    """
+
+    command = ""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         raise UsageError(_one_line(message, self))
 
 
-def _one_line(message: str, parser: jsonargparse.ArgumentParser) -> str:
+def _one_line(message: str, parser: _Parser) -> str:
     text = " ".join(str(message).split())
     known = _options_of(parser)
-    unknown = re.search(r"unrecognized arguments: (\S+)|does not accept option '([^']+)'|[Kk]ey '([^']+)' is not", text)
+    unknown = re.search(r"unrecognized arguments: (\S+)|accept option '([^']+)'|Option '([^']+)' is not acc", text)
     if unknown:
         name = next(group for group in unknown.groups() if group).lstrip("-").partition("=")[0]
-        return unknown_name("option", name, known)
+        line = unknown_name("option", name, known)
+        return line if "did you mean" in line else f"unknown option {name!r}; --help lists the options"
     choice = re.search(r"invalid choice: '([^']+)' \(choose from (.*)\)", text)
     if choice:
         return unknown_name("command", choice[1], re.findall(r"[\w-]+", choice[2]))
@@ -50,16 +58,22 @@ def _one_line(message: str, parser: jsonargparse.ArgumentParser) -> str:
     value = re.fullmatch(r'Parser key "([^"]+)": Expected an? (.+?)\. Got value: (.*)', text)
     if value:
         return f"option {value[1]} must be {_type_text(value[2])}, got {value[3]}"
-    return text
+    value = re.fullmatch(
+        r'Parser key "([^"]+)": Does not validate .*Subtypes: \[(.+?)\] Errors.*Given value: (.*)', text
+    )
+    if value:
+        return f"option {value[1]} must be {_type_text(value[2])}, got {value[3]}"
+    return text.replace("Parser key", "option", 1)
 
 
-def _options_of(parser: jsonargparse.ArgumentParser) -> set[str]:
+def _options_of(parser: _Parser) -> set[str]:
     """Names of the options of a parser and of its commands."""
     names: set[str] = set()
     for action in parser._actions:
         names |= {option[2:] for option in action.option_strings if option.startswith("--")}
-        for sub in action.choices.values() if isinstance(action.choices, dict) else ():
-            names |= _options_of(sub)
+        if isinstance(action.choices, dict):
+            subs = [action.choices[parser.command]] if parser.command in action.choices else action.choices.values()
+            names |= set().union(*map(_options_of, subs))
     return names
 
 
@@ -69,12 +83,27 @@ def _underscored(argument: str) -> str:
     return name[:2] + name[2:].replace("-", "_") + equals + value if name.startswith("--") else argument
 
 
+def _config_first(arguments: list[str]) -> list[str]:
+    """Configuration files right after the command, so that options override them wherever they stand."""
+    files: list[str] = []
+    rest: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        if word == "--config":
+            files += [word, *(value for value in [next(words, None)] if value is not None)]
+        elif word.startswith("--config="):
+            files.append(word)
+        else:
+            rest.append(word)
+    return rest[:1] + files + rest[1:]
+
+
 def _type_text(text: str) -> str:
     literal = re.search(r"Literal\[(.*)\]", text)
     if literal:
         return "one of " + literal[1].replace("'", "")
     plain = re.search(r"<class '(\w+)'>", text)
-    names = {"float": "a finite number", "int": "a whole number", "str": "text", "bool": "true or false"}
+    names = {"float": "a finite number", "int": "a whole number", "str": "text", "tuple": "a list"}
     return names.get(plain[1], plain[1]) if plain else text
 
 
@@ -153,22 +182,40 @@ class MasksOptions:
     json: bool = False
 
 
-def build_parser() -> jsonargparse.ArgumentParser:
+def _explanations(cls: type) -> dict[str, str]:
+    """What the docstrings of a dataclass and its bases say of each field, for ``--help``."""
+    out: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        for name, text in re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", inspect.getdoc(base) or "", flags=re.MULTILINE):
+            out[name] = " ".join(text.replace("%", "%%").split())
+    return out
+
+
+def build_parser() -> _Parser:
     """The parser of the whole command line."""
-    from experiments.config import CompareConfig, RunConfig
+    from experiments.config import DECIDED, CompareConfig, RunConfig
     from experiments.measure import MeasureConfig
 
+    hidden: dict[type, set[str]] = {CompareConfig: {*DECIDED}, RunConfig: {"tuning"}}
+
     def sub(summary: str, example: str, *classes: type, config: bool) -> jsonargparse.ArgumentParser:
-        parser = _Parser(description=f"{summary}\n\nexample: {example}", exit_on_error=False)
+        parser = _Parser(description=f"{summary}\n\nexample: {example}", exit_on_error=False, allow_abbrev=False)
         if config:
             parser.add_argument("--config", action="config", help="YAML file with any of these options")
         for cls in classes:
-            parser.add_class_arguments(cls, as_group=True, skip={"tuning", *FLAGS} & {f.name for f in fields(cls)})
-            for name in [f.name for f in fields(cls) if f.name in FLAGS]:
+            flags = [f.name for f in fields(cls) if f.name in FLAGS]
+            parser.add_class_arguments(cls, as_group=True, skip={*flags, *hidden.get(cls, ())})
+            parser._action_groups[-1].title = (inspect.getdoc(cls) or "").partition("\n")[0].rstrip(".")
+            explained = _explanations(cls)
+            for action in parser._actions:
+                action.help = action.help or explained.get(action.dest)
+            for name in flags:
                 parser.add_argument(f"--{name}", action="store_true", help=FLAGS[name])
         return parser
 
-    parser = _Parser(prog="sam-masks", description=DESCRIPTION, epilog=EXIT_CODES, exit_on_error=False)
+    parser = _Parser(
+        prog="sam-masks", description=DESCRIPTION, epilog=EXIT_CODES, exit_on_error=False, allow_abbrev=False
+    )
     parser.add_argument("--version", action="version", version=f"sam-masks {_version()}")
     commands = parser.add_subcommands(required=True, dest="command")
     compare = "compare arms, paired over seeds, with rho chosen per mask on validation data"
@@ -210,9 +257,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        return _run(arguments)
+        code = _run(arguments)
+        sys.stdout.flush()
+        return code
     except InputError as error:
-        print(f"sam-masks: error: {' '.join(str(error).split())}", file=sys.stderr)
+        _say(str(error))
         return EXIT_INPUT
     except KeyboardInterrupt:
         print(
@@ -222,6 +271,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_OK
+    except Exception as error:
+        if os.environ.get("SAM_MASKS_TRACEBACK"):
+            raise
+        _say(f"{type(error).__name__}: {error}; set SAM_MASKS_TRACEBACK=1 to see where it comes from")
+        return EXIT_FAILED
+
+
+def _say(message: str) -> None:
+    print(f"sam-masks: error: {' '.join(message.split())}", file=sys.stderr)
 
 
 def _run(arguments: list[str]) -> int:
@@ -232,12 +290,15 @@ def _run(arguments: list[str]) -> int:
     if not arguments:
         parser.print_help()
         return EXIT_INPUT
+    parser.command = arguments[0]
     try:
-        parsed = parser.parse_args([_underscored(argument) for argument in arguments])
+        parsed = parser.parse_args(_config_first([_underscored(argument) for argument in arguments]))
         _load_plugins(parsed[parsed.command].plugin)
         values = vars(parser.instantiate(parsed)[parsed.command])
     except jsonargparse.ArgumentError as error:
         raise UsageError(_one_line(str(error), parser)) from None
+    except UnicodeDecodeError:
+        raise UsageError("the configuration file is not text") from None
     commands: dict[str, Callable[[dict[str, Any]], int]] = {"compare": _compare, "train": _train, "masks": _masks}
     return commands[parsed.command](values)
 
@@ -259,7 +320,7 @@ def _listed(text: str | None) -> tuple[str, ...]:
 
 def _compare(values: dict[str, Any]) -> int:
     from experiments.compare import compare
-    from experiments.config import CompareConfig, physical_workers
+    from experiments.config import CompareConfig, default_processes
     from experiments.measure import MeasureConfig
     from experiments.report import write_report
     from experiments.runner import RunFailed
@@ -273,18 +334,19 @@ def _compare(values: dict[str, Any]) -> int:
             _pick(CompareConfig, values),
             None if options.out is None else Path(options.out),
             measure=_pick(MeasureConfig, values),
-            processes=options.processes or (1 if on_gpu else physical_workers()),
+            processes=(1 if on_gpu else default_processes()) if options.processes is None else options.processes,
             device=options.device,
             plugins=_listed(options.plugin),
             quiet=options.quiet,
         )
     except RunFailed as error:
-        print(f"sam-masks: error: {error}", file=sys.stderr)
+        _say(str(error))
         return EXIT_FAILED
     table = build_table(comparison)
     page = write_report(comparison, table)
     if options.json:
-        print(json.dumps({"arms": json.loads(frame(table).to_json(orient="records")), "notes": table.notes}, indent=1))
+        arms = json.loads(frame(table).to_json(orient="records", double_precision=15))
+        print(json.dumps({"arms": arms, "notes": table.notes, "folder": str(comparison.folder)}, indent=1))
         return EXIT_OK
     print(shown(table).to_string())
     print()
@@ -309,8 +371,12 @@ def _train(values: dict[str, Any]) -> int:
     build = result["mask_builds"][-1]
     print(f"mask {record.config['mask']}: {build['num_kept']:,} of {build['numel']:,} coordinates")
     last = result["history"][-1]
-    print(f"last epoch: loss {last['loss']:.4f}, ascent {last['ascent']:.4f}, ||eps|| {last['radius']:.4f}")
-    print(f"validation accuracy {result['val_accuracy']:.4f}, test accuracy {result['test_accuracy']:.4f}")
+    loss, ascent, radius = (_number(last[key]) for key in ("loss", "ascent", "radius"))
+    print(f"last epoch: loss {loss}, ascent {ascent}, ||eps|| {radius}")
+    print(
+        f"validation accuracy {_number(result['val_accuracy'])} of {result['val_images']} images, "
+        f"test accuracy {_number(result['test_accuracy'])} of {result['test_images']} images"
+    )
     for key in ("lambda_max", "m_sharpness"):
         metric = result[key]
         print(f"{metric['name']}: {metric['value']:.5g}" if "value" in metric else f"{key}: {metric['error']}")
@@ -320,11 +386,19 @@ def _train(values: dict[str, Any]) -> int:
     return EXIT_OK
 
 
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
 def _masks(values: dict[str, Any]) -> int:
     from experiments.anatomy import Target, build_all, describe_all
 
     options: MasksOptions = _pick(MasksOptions, values)
     if options.model is None:
+        unused = [f.name for f in fields(options) if getattr(options, f.name) != f.default]
+        unused = [name for name in unused if name not in ("plugin", "json")]
+        if unused:
+            raise UsageError(f"{' and '.join(unused)} {'have' if unused[1:] else 'has'} no effect without --model")
         print(describe_all(as_json=options.json))
         return EXIT_OK
     target = Target(

@@ -61,8 +61,6 @@ class Comparison:
     folder: Path
 
 
-
-
 def open_folder(folder: Path, config: CompareConfig, measure: MeasureConfig, study_id: str) -> None:
     """Make the folder, or go on in it if it holds this very comparison.
 
@@ -115,8 +113,6 @@ def check_arms(config: CompareConfig) -> None:
     tuned = any(len(arm.rho) > 1 for arm in config.arms)
     for tuning in (True, False) if tuned else (False,):
         split = split_of(config.run(config.arms[0], rho=0.0, seed=config.first_seed, tuning=tuning), data)
-        if tuning and not len(split.val_y):
-            raise InputError("n_val = 0 leaves nothing to choose rho on; give every arm one radius, or more images")
     for arm in config.arms:
         run = config.run(arm, rho=0.0, seed=config.first_seed, tuning=False)
         model = initial_model(run, data)
@@ -224,13 +220,22 @@ def _trial(arm: str, rho: float, records: Sequence[RunRecord]) -> Trial:
 
 
 def predicted_costs(comparison: Comparison) -> dict[str, float | None]:
-    """Cost of a step of every arm relative to the base optimizer, from counted operations of the final mask."""
+    """Cost of a step of every arm relative to the base optimizer, from counted operations of the final masks, mean
+    over seeds."""
     config = comparison.config
     first = config.run(config.arms[0], rho=0.0, seed=config.first_seed, tuning=False)
     data = load_cached(config.data)
-    model = initial_model(first, data)
-    touched = {}
-    for arm, records in comparison.records.items():
-        build = records[0].result["mask_builds"][-1:]
-        touched[arm] = set(build[0]["kept_per_tensor"]) if build else set()
-    return step_costs(model, data.x[:2], touched, every_gradient=config.norm_scope == "full")
+    final = {
+        arm: [frozenset(record.result["mask_builds"][-1]["kept_per_tensor"]) for record in records]
+        for arm, records in comparison.records.items()
+    }
+    # Masks that touch the same tensors cost the same.
+    sets = {str(i): names for i, names in enumerate(set().union(*final.values()))}
+    costs = step_costs(initial_model(first, data), data.x[:2], sets, every_gradient=config.norm_scope == "full")
+    by_set = {names: costs[key] for key, names in sets.items()}
+    return {arm: _mean_or_none([by_set[names] for names in seeds]) for arm, seeds in final.items()}
+
+
+def _mean_or_none(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if len(known) == len(values) else None

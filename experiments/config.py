@@ -188,8 +188,9 @@ DEFAULT_ARMS = (
 
 @dataclass(frozen=True)
 class CompareConfig(RunConfig):
-    """A comparison of arms, paired over seeds. The settings of a run that an arm or a seed decides (mask, rho,
-    seed, tuning) cannot be set.
+    """A comparison of arms, paired over seeds.
+
+    The settings of a run that an arm or a seed decides (mask, rho, seed, tuning) cannot be set.
 
     Args:
         arms: the arms, for configuration files; the arm called "none" is the baseline.

@@ -20,8 +20,14 @@ MARKERS = "osD^vPX*<>"
 
 
 def styles(names: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """Colour and marker of each arm, the same in every figure."""
-    return {name: (PALETTE[i % len(PALETTE)], MARKERS[i % len(MARKERS)]) for i, name in enumerate(names)}
+    """Colour and marker of each arm, the same in every figure; 100 arms can be told apart."""
+    n = len(PALETTE)
+    return {name: (PALETTE[i % n], MARKERS[(i + i // n) % len(MARKERS)]) for i, name in enumerate(names)}
+
+
+def _label(name: str) -> str:
+    """The name as text: matplotlib reads formulas between dollar signs and hides labels with a leading underscore."""
+    return ("\u200b" if name.startswith("_") else "") + name.replace("$", r"\$")
 
 
 def figures(comparison: Comparison, table: Table) -> dict[str, str]:
@@ -71,7 +77,7 @@ def _accuracy(comparison: Comparison, table: Table) -> str:
         if math.isfinite(low):
             axes.plot([low, high], [y, y], color=colour, linewidth=2)
         axes.plot([mean], [y], marker=marker, color=colour)
-    axes.set_yticks(range(len(table.rows)), [row.arm.name for row in table.rows])
+    axes.set_yticks(range(len(table.rows)), [_label(row.arm.name) for row in table.rows])
     axes.invert_yaxis()
     axes.set_xlabel("test accuracy, %")
     return _svg(figure)
@@ -84,7 +90,11 @@ def _rho(comparison: Comparison) -> str:
         colour, marker = style[name]
         trials = sorted((t for t in comparison.trials if t.arm == name and t.rho > 0), key=lambda t: t.rho)
         axes.plot(
-            [t.rho for t in trials], [100 * t.val_accuracy for t in trials], marker=marker, color=colour, label=name
+            [t.rho for t in trials],
+            [100 * t.val_accuracy for t in trials],
+            marker=marker,
+            color=colour,
+            label=_label(name),
         )
         best = [t for t in trials if t.rho == comparison.chosen[name]]
         axes.plot(
@@ -113,7 +123,7 @@ def _scatter(comparison: Comparison, metric: str) -> str:
         positive = positive and all(value > 0 for value in x)
         colour, marker = style[name]
         y = [100 * (1 - r.result["test_accuracy"]) for r in good]
-        axes.plot(x, y, linestyle="", marker=marker, color=colour, alpha=0.75, label=name)
+        axes.plot(x, y, linestyle="", marker=marker, color=colour, alpha=0.75, label=_label(name))
     if positive:
         axes.set_xscale("log")
     axes.set_xlabel(metric.replace("m_sharpness", "m-sharpness"))
@@ -127,9 +137,10 @@ def _history(comparison: Comparison) -> str:
     style = styles([arm.name for arm in comparison.config.arms])
     for name, records in comparison.records.items():
         curves = [[epoch["loss"] for epoch in r.result["history"]] for r in records]
-        mean = [sum(values) / len(values) for values in zip(*curves, strict=True)]
+        # A loss that is not finite is None in a record: the curve ends there.
+        mean = [math.nan if None in values else sum(values) / len(values) for values in zip(*curves, strict=True)]
         line = "--" if name == BASELINE else "-"
-        axes.plot(range(1, len(mean) + 1), mean, line, color=style[name][0], label=name)
+        axes.plot(range(1, len(mean) + 1), mean, line, color=style[name][0], label=_label(name))
     axes.set_xlabel("epoch")
     axes.set_ylabel("training loss")
     axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))

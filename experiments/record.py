@@ -10,6 +10,7 @@ import os
 import platform
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -108,7 +109,8 @@ def content_digests(masks: Iterable[str], config: RunConfig, data_digest: str) -
         if spec.info.origin != "sam-masks":
             content[f"mask {spec.name}"] += f" {_source_digest(inspect.unwrap(spec.info.build).__module__)}"
         if spec.name == "file":
-            content[str(spec)] = file_digest(Path(spec.options["path"]))
+            with suppress(InputError):  # the builder says what is wrong with it
+                content[str(spec)] = file_digest(Path(spec.options["path"]))
     module, colon, _ = config.model.partition(":")
     if colon and module != "torchvision":
         content[f"model {module}"] = _source_digest(module)

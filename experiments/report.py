@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import jinja2
 import pandas as pd
 
-from experiments.compare import Comparison
+from experiments.compare import Comparison, Trial
 from experiments.config import BASELINE
 from experiments.plot import figures
 from experiments.record import write_text
 from experiments.table import Table, frame, shown
+from masks.errors import InputError
 
 PAGE = "report.html"
 
@@ -23,14 +24,24 @@ def write_report(comparison: Comparison, table: Table) -> Path:
 
     Returns:
         The path of the page.
+
+    Raises:
+        InputError: the folder cannot be written to.
     """
     folder = comparison.folder
-    write_text(folder / "table.csv", frame(table).to_csv(index=False))
-    write_text(folder / "runs.csv", runs_frame(comparison).to_csv(index=False))
-    write_text(folder / "trials.csv", pd.DataFrame([asdict(t) for t in comparison.trials]).to_csv(index=False))
-    page = folder / PAGE
-    write_text(page, _html(comparison, table))
-    return page
+    trials = pd.DataFrame([asdict(t) for t in comparison.trials], columns=[f.name for f in fields(Trial)])
+    files = {
+        "table.csv": frame(table).to_csv(index=False),
+        "runs.csv": runs_frame(comparison).to_csv(index=False),
+        "trials.csv": trials.to_csv(index=False),
+        PAGE: _html(comparison, table),
+    }
+    try:
+        for name, text in files.items():
+            write_text(folder / name, text)
+    except OSError as error:
+        raise InputError(f"cannot write to {folder}: {error.strerror or error}") from None
+    return folder / PAGE
 
 
 def runs_frame(comparison: Comparison) -> pd.DataFrame:
@@ -89,6 +100,6 @@ def _html(comparison: Comparison, table: Table) -> str:
         notes=[note for note in table.notes if note not in warnings],
         figures=list(figures(comparison, table).items()),
         environment=", ".join(f"{key} {value}" for key, value in first.environment.items()),
-        config=json.dumps(asdict(config), indent=1),
+        config=json.dumps(config.settings() | asdict(comparison.measure), indent=1),
         runs=[(arm, " ".join(r.run_id for r in records)) for arm, records in comparison.records.items()],
     )

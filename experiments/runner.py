@@ -152,6 +152,8 @@ class Runner:
                 finished records are kept.
             RunFailed: a run failed otherwise; the others are finished first, unless its process died.
         """
+        if not jobs:
+            return {}
         records: dict[str, RunRecord] = {}
         todo: list[Job] = []
         for job in jobs:
@@ -196,5 +198,5 @@ class Runner:
                     records[job.run_id] = record
                     bar.update()
         if failures:
-            raise RunFailed(f"{len(failures)} of {len(jobs)} runs failed, the others are kept; first: {failures[0]}")
+            raise RunFailed(f"{len(failures)} of {len(jobs)} runs failed, the others are kept; first: {min(failures)}")
         return records

@@ -42,13 +42,8 @@ def train_one(
         content["init"] = file_digest(init)
     run_id = config.digest(content)
     folder = folder or Path("results") / f"train-{run_id[:8]}"
-    made = _open_folder(folder, run_id)
-    try:
-        trained = train_run(config, where, initial=weights)
-    except InputError:
-        if made:
-            folder.rmdir()
-        raise
+    _check_folder(folder, run_id)
+    trained = train_run(config, where, initial=weights)
     start = time.process_time()
     result = result_of(trained) | measure(trained, MeasureConfig(), where) | {"init_digest": content.get("init")}
     record = RunRecord(
@@ -64,6 +59,7 @@ def train_one(
         environment=environment(where),
     )
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         trained.mask.save(folder / "mask.npz")
         save_checkpoint(folder / CHECKPOINT, {"model": trained.model.state_dict(), "sam": trained.sam.state_dict()})
         record.save(folder)
@@ -72,15 +68,14 @@ def train_one(
     return record, folder
 
 
-def _open_folder(folder: Path, run_id: str) -> bool:
-    """Make the folder before the work is done, unless it holds something else; returns whether it is new."""
-    made = not folder.exists()
+def _check_folder(folder: Path, run_id: str) -> None:
+    """Refuse, before the work is done, a folder that holds something else or that cannot be made or written to."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()) and not (folder / f"{run_id}.json").exists():
-            raise InputError(f"{folder} holds something else than run {run_id}; choose another folder with --out")
-        if not os.access(folder, os.W_OK):
-            raise InputError(f"{folder} cannot be written to; choose another folder with --out")
+        others = there == folder and any(there.iterdir()) and not (folder / f"{run_id}.json").exists()
     except OSError as error:
         raise InputError(f"cannot use {folder} for results: {error.strerror or error}") from None
-    return made
+    if others:
+        raise InputError(f"{folder} holds something else than run {run_id}; choose another folder with --out")
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"cannot use {folder} for results: {there} is not a folder that can be written to")

@@ -5,19 +5,23 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from scipy import stats
+from scipy.special import expit, logit
 
 from analysis import Interval, PairedComparison, accuracy_interval, compare_paired, mean_interval, seeds_needed
 from experiments.compare import Comparison, predicted_costs
 from experiments.config import BASELINE, Arm
 from experiments.record import RunRecord
-from masks import MaskSpec
+from masks import MaskSpec, Schedule
 
 ALPHA = 0.05
+EXACT_SEEDS = 16
+"""Up to so many seeds the sign-flip test enumerates all patterns."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,15 @@ class Metric:
 
 @dataclass(frozen=True)
 class Row:
-    """One arm. Accuracies and gains are fractions; ``gain`` is None for the baseline."""
+    """One arm. Accuracies and gains are fractions; ``gain`` is None for the baseline.
+
+    Attributes:
+        matched: "yes" (a budgeted mask that kept exactly the common count in every seed at every building),
+            "reference" (the mask that gives that count), "unmatched" (natural size), "NO", "baseline", "no mask".
+        radius: mean ||eps||_2 over all steps and seeds; None if some of them were not finite.
+        ascent: mean ascent strength, likewise.
+        n: number of seeds.
+    """
 
     arm: Arm
     kept: int
@@ -50,8 +62,8 @@ class Row:
     num_tensors: int
     rho: float | None
     rho_at_edge: bool
-    radius: float
-    ascent: float
+    radius: float | None
+    ascent: float | None
     accuracy: Interval
     gain: PairedComparison | None
     lambda_max: Metric
@@ -83,7 +95,7 @@ def build_table(comparison: Comparison) -> Table:
     gains = _gains(comparison)
     predicted = predicted_costs(comparison)
     base = {r.config["seed"]: r for r in comparison.records[BASELINE]}
-    reference = _norm_count(comparison)
+    count = matched_count(comparison)
     rows = []
     for arm in comparison.config.arms:
         records = comparison.records[arm.name]
@@ -97,14 +109,14 @@ def build_table(comparison: Comparison) -> Table:
                 arm=arm,
                 kept=last[0]["num_kept"],
                 numel=last[0]["numel"],
-                matched=_matched(arm, last[0]["num_kept"], reference),
+                matched=_matched(comparison, arm, count),
                 jaccard_norm=_mean([b["jaccard_norm"] for b in last]),
                 norm_share=_mean([b["norm_share"] for b in last if b["num_kept"]]),
                 num_tensors=round(statistics.median(b["num_tensors"] for b in last)),
                 rho=rho,
                 rho_at_edge=len(arm.rho) > 1 and rho in (min(arm.rho), max(arm.rho)),
-                radius=_mean([epoch["radius"] for epoch in history]) or 0.0,
-                ascent=_mean([epoch["ascent"] for epoch in history]) or 0.0,
+                radius=_mean([epoch["radius"] for epoch in history]),
+                ascent=_mean([epoch["ascent"] for epoch in history]),
                 accuracy=_accuracy(records),
                 gain=gains.get(arm.name),
                 lambda_max=_metric(records, "lambda_max"),
@@ -123,39 +135,98 @@ def _seconds(record: RunRecord) -> float:
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
-    known = [v for v in values if v is not None and math.isfinite(v)]
-    return sum(known) / len(known) if known else None
+    """None where one is unknown: a mean over the steps that did not diverge would look better than the run was."""
+    known = [v for v in values if v is not None]
+    return sum(known) / len(known) if known and len(known) == len(values) else None
 
 
-def _norm_count(comparison: Comparison) -> int | None:
-    """Size of the mask that budgeted masks are matched to, where that is what was asked for."""
-    if comparison.config.density is not None:
-        return None
-    for arm in comparison.config.arms:
-        if MaskSpec.parse(arm.mask).info.kind == "budgeted":
-            return int(comparison.records[arm.name][0].result["mask_builds"][-1]["num_kept"])
-    return None
+def _counts(comparison: Comparison, arm: Arm) -> set[int]:
+    """Sizes of the arm's mask over all seeds and buildings."""
+    return {int(b["num_kept"]) for r in comparison.records[arm.name] for b in r.result["mask_builds"]}
 
 
-def _matched(arm: Arm, kept: int, reference: int | None) -> str:
-    if MaskSpec.parse(arm.mask).info.kind == "budgeted":
-        return "yes"
-    if not kept:
+def _is_budgeted(arm: Arm) -> bool:
+    return MaskSpec.parse(arm.mask).info.kind == "budgeted"
+
+
+def matched_count(comparison: Comparison) -> int | None:
+    """The one size of all budgeted masks, read off the records; None if there is none, or more than one."""
+    config = comparison.config
+    counts = set().union(*(_counts(comparison, arm) for arm in config.arms if _is_budgeted(arm)))
+    if counts and config.density is None:
+        counts = counts.union(*(_counts(comparison, arm) for arm in config.arms if _is_reference(config.match, arm)))
+    return counts.pop() if len(counts) == 1 else None
+
+
+def _is_reference(match: str, arm: Arm) -> bool:
+    one, other = MaskSpec.parse(arm.mask), MaskSpec.parse(match)
+    return (one.name, one.options) == (other.name, other.options)
+
+
+def _matched(comparison: Comparison, arm: Arm, count: int | None) -> str:
+    if arm.name == BASELINE:
         return "baseline"
-    return "reference" if kept == reference else "unmatched"
+    if _is_budgeted(arm):
+        return "yes" if count is not None and _counts(comparison, arm) == {count} else "NO"
+    if MaskSpec.parse(arm.mask).name == "none":
+        return "no mask"
+    anything = comparison.config.density is None and any(map(_is_budgeted, comparison.config.arms))
+    return "reference" if anything and _is_reference(comparison.config.match, arm) else "unmatched"
 
 
 def _accuracy(records: Sequence[RunRecord]) -> Interval:
-    """Interval over seeds and test sample: crossed where all seeds share the test images.
-
-    Where the test images are drawn anew for each seed, the spread between seeds contains both.
-    """
+    correct = [np.array([c == "1" for c in r.result["test_correct"]]) for r in records]
     if all(r.result["test_is_shared"] for r in records):
-        return accuracy_interval(np.array([[c == "1" for c in r.result["test_correct"]] for r in records]))
-    interval = mean_interval(
-        [r.result["test_accuracy"] for r in records], name="accuracy, test images redrawn per seed"
-    )
-    return replace(interval, low=max(0.0, interval.low), high=min(1.0, interval.high))
+        return accuracy_interval(np.array(correct))
+    return overlapping_interval(correct, [np.array(r.result["test_index"]) for r in records])
+
+
+def overlapping_interval(
+    correct: Sequence[np.ndarray[Any, np.dtype[np.bool_]]], index: Sequence[np.ndarray[Any, np.dtype[np.int64]]]
+) -> Interval:
+    """95 % interval of an accuracy over seeds AND images, where each seed tests N images of its own of one pool.
+
+    Two seeds share images, so their accuracies are correlated, and the t interval over seeds alone is too short.
+    In the model ``y_si = mu + seed_s + image_i + e_si``, with c the covariance of the seeds' errors on images that
+    two of them test, and o the mean over pairs of seeds of (images shared) / N^2,
+
+    ``var(mean) = var(accuracies of the seeds) / n + c o``.
+
+    With n identical test sets o = 1 / N, and this is the crossed design of
+    :func:`analysis.stats.accuracy_interval`, which has the references; as there, a negative c is taken as 0,
+    degrees of freedom are Satterthwaite's, and the interval is taken on the logit scale (at 0 or 1: exact binomial
+    over the distinct images).
+
+    Args:
+        correct: for each seed, whether it is right on its test images, N each.
+        index: for each seed, the ids of these images.
+    """
+    n, size = len(correct), len(correct[0])
+    images, where = np.unique(np.concatenate(index), return_inverse=True)
+    tested, error = np.zeros((n, len(images))), np.zeros((n, len(images)))
+    for s, (right, at) in enumerate(zip(correct, where.reshape(n, size), strict=True)):
+        tested[s, at] = 1
+        error[s, at] = right - right.mean()
+    accuracies = np.array([right.mean() for right in correct])
+    mean = float(accuracies.mean())
+    name = f"accuracy over {n} seeds and {len(images)} test images, of which each seed tests {size}"
+    if n == 1:
+        return Interval(name, mean, math.nan, math.nan, 1 - ALPHA, math.nan, math.nan, 1)
+    if mean in (0.0, 1.0):
+        exact = stats.binomtest(round(mean * len(images)), len(images)).proportion_ci(1 - ALPHA, method="exact")
+        return Interval(name, mean, float(exact.low), float(exact.high), 1 - ALPHA, math.nan, math.nan, n)
+    pairs = np.triu_indices(n, 1)
+    shared = float((tested @ tested.T)[pairs].sum())
+    # Deviations from the seed's own mean are a little too small: size / (size - 1).
+    covariance = float((error @ error.T)[pairs].sum()) / shared * size / (size - 1) if shared else 0.0
+    parts = np.array([accuracies.var(ddof=1) / n, max(covariance, 0.0) * shared / len(pairs[0]) / size**2])
+    variance = float(parts.sum())
+    if not variance:
+        return Interval(name, mean, mean, mean, 1 - ALPHA, 0.0, n - 1, n)
+    df = variance**2 / float(parts**2 @ (1 / np.array([n - 1, len(images) - 1])))
+    half = float(stats.t.ppf(1 - ALPHA / 2, df)) * math.sqrt(variance) / (mean * (1 - mean))
+    low, high = float(expit(logit(mean) - half)), float(expit(logit(mean) + half))
+    return Interval(name, mean, low, high, 1 - ALPHA, math.sqrt(variance), df, n)
 
 
 def _metric(records: Sequence[RunRecord], key: str) -> Metric:
@@ -192,17 +263,18 @@ def _notes(comparison: Comparison, rows: Sequence[Row]) -> list[str]:
     shared = sizes["test_is_shared"]
     notes = [
         f"n = {config.seeds} seeds per arm (from {config.report_seeds().start} on), paired: same "
-        " initial weights, data order, split and label noise in every arm.",
+        "initial weights, data order, split and label noise in every arm.",
+        *_mask_notes(comparison),
         f"{sizes['train_images']} training images of {config.data}, label noise "
         f"{comparison.records[BASELINE][0].config['label_noise']:g}; {sizes['test_images']} test images, "
         + ("the same for all seeds" if shared else "redrawn per seed")
         + ", read once per run, after its last epoch.",
         _tuning_note(comparison),
-        "Accuracy: 95 % interval over seeds and test sample"
-        + (" (crossed random effects)." if shared else " (the test sample is redrawn with the seed)."),
-        "Gain: mean paired difference to the arm none in percentage points, 95 % t interval over seeds"
-        + (" (given these test images)" if shared else "")
-        + ", two-sided exact sign-flip p, Holm-adjusted over "
+        "Accuracy: 95 % interval over seeds and test images (crossed random effects"
+        + (")." if shared else "; it counts that two seeds share test images)."),
+        "Gain: mean paired difference to the arm none in percentage points, 95 % t interval over seeds, given these "
+        + ("test images" if shared else "images to draw from")
+        + f", two-sided {'exact ' if config.seeds <= EXACT_SEEDS else ''}sign-flip p, Holm-adjusted over "
         + f"{len(main)} main contrasts"
         + (
             f" and, as a family of its own, {len(control)} controls ({', '.join(a.name for a in control)})"
@@ -213,10 +285,37 @@ def _notes(comparison: Comparison, rows: Sequence[Row]) -> list[str]:
         "Radius ||eps||_2 and ascent strength L(w+eps) - L(w): means over all steps of training.",
         "Cost: processor time of training relative to none, median over seeds, mask building included (predicted: "
         "from counted operations, mask building and elementwise work not included).",
+        "lambda_max and m-sharpness, on training images with the labels trained on: mean, 95 % t interval over seeds.",
+        f"lambda_max: {rows[0].lambda_max.name}.",
+        f"m-sharpness: {rows[0].m_sharpness.name}.",
+        "overlap: Jaccard index of the final mask with the normalization parameters, mean over seeds. (!) an arm with "
+        "diverged runs; * the best radius lies at the edge of its grid.",
     ]
-    notes += [f"{row.lambda_max.name}." for row in rows[:1]] + [f"{row.m_sharpness.name}." for row in rows[:1]]
     notes += _warnings(comparison, rows, len(main), len(control))
     return notes
+
+
+def _mask_notes(comparison: Comparison) -> list[str]:
+    config, count, notes = comparison.config, matched_count(comparison), []
+    if count is not None:
+        source = f"as many as {config.match}" if config.density is None else f"density {config.density:g}"
+        notes.append(f"Matched: every budgeted mask kept exactly {count:,} coordinates, {source}, in every run.")
+    specs = {arm.name: MaskSpec.parse(arm.mask) for arm in config.arms}
+    other = [
+        f"{name} is {spec}, built {_when(spec.schedule)}"
+        for name, spec in specs.items()
+        if str(spec) != name or spec.schedule != Schedule()
+    ]
+    if other:
+        notes.append(f"Masks: {'; '.join(other)}; all others are built once, before the first step.")
+    return notes
+
+
+def _when(schedule: Schedule) -> str:
+    if schedule.kind == "init":
+        return "once, before the first step"
+    number = schedule.unit if schedule.n == 1 else f"{schedule.n} {schedule.unit}s"
+    return f"once, after {number}, with nothing perturbed before" if schedule.kind == "after" else f"every {number}"
 
 
 def _tuning_note(comparison: Comparison) -> str:
@@ -225,7 +324,8 @@ def _tuning_note(comparison: Comparison) -> str:
     if not tuned:
         return "Nothing was tuned."
     fixed = [a.name for a in config.arms if len(a.rho) <= 1]
-    trials = f"{len(tuned[0].rho)} radii x {config.tuning_seeds} seeds"
+    seeds = f"{config.tuning_seeds} seed{'s' if config.tuning_seeds > 1 else ''}"
+    trials = f"{len(tuned[0].rho)} radii x {seeds}"
     return (
         f"Tuned: rho only, per arm, {trials} on validation images, on seeds and images that the table does not test "
         f"on; nothing was tuned for {', '.join(fixed)}."
@@ -258,6 +358,14 @@ def _warnings(comparison: Comparison, rows: Sequence[Row], main: int, control: i
                     f"METRIC INCOMPLETE: {row.arm.name}: {metric.missing} seeds without, {metric.unconverged} not "
                     f"converged: {metric.name}."
                 )
+        if row.matched == "NO":
+            out.append(f"NOT MATCHED: {row.arm.name} did not keep the same count in every run; see runs.csv.")
+    made = [{tuple(sorted(r.environment.items())) for r in rs} for rs in comparison.records.values()]
+    if len(set().union(*made)) > 1:
+        out.append(
+            "MIXED ENVIRONMENTS: the runs were made with different versions or devices (see their records); their "
+            "seeds are then not paired bit for bit, and their costs do not compare."
+        )
     return out
 
 
@@ -297,6 +405,7 @@ def _flat(row: Row) -> dict[str, Any]:
         flat[name] = interval.value if interval else None
         flat[f"{name}_low"] = interval.low if interval else None
         flat[f"{name}_high"] = interval.high if interval else None
+        flat[f"{name}_seeds"] = row.n - metric.missing
     return flat | {
         "cost": row.cost,
         "predicted_cost": row.predicted_cost,
@@ -314,12 +423,19 @@ def _text(row: Row) -> dict[str, str]:
     def number(value: float | None, digits: int = 3) -> str:
         return "-" if value is None or not math.isfinite(value) else f"{value:.{digits}g}"
 
-    def interval(value: Interval | None, scale: float = 1.0, digits: int = 1) -> str:
-        if value is None:
+    def interval(value: Interval, scale: float, digits: int) -> str:
+        low, mid, high = (f"{scale * v:.{digits}f}" for v in (value.low, value.value, value.high))
+        return f"{mid} [{low}, {high}]" if math.isfinite(value.low) else f"{mid} [-]"
+
+    def metric(value: Metric) -> str:
+        if value.interval is None:
             return "-"
-        if not math.isfinite(value.low):
-            return f"{scale * value.value:.{digits}f} [-]"
-        return f"{scale * value.value:.{digits}f} [{scale * value.low:.{digits}f}, {scale * value.high:.{digits}f}]"
+        # As many decimals as give the mean three significant digits.
+        size = abs(value.interval.value)
+        digits = min(6, max(0, 2 - math.floor(math.log10(size)))) if size else 3
+        return interval(value.interval, 1.0, digits) + (
+            f" ({row.n - value.missing} of {row.n})" if value.missing else ""
+        )
 
     gain = row.gain
     gain_text = "-"
@@ -336,10 +452,10 @@ def _text(row: Row) -> dict[str, str]:
         "rho": number(row.rho) + ("*" if row.rho_at_edge else ""),
         "||eps||": number(row.radius),
         "ascent": number(row.ascent),
-        "accuracy %": interval(row.accuracy, 100.0),
+        "accuracy %": interval(row.accuracy, 100.0, 1),
         "gain": gain_text,
-        "p Holm": "-" if gain is None else f"{gain.p_holm:.3f}",
-        "lambda_max": interval(row.lambda_max.interval, digits=1),
-        "m-sharpness": interval(row.m_sharpness.interval, digits=3),
+        "p Holm": "-" if gain is None else f"{gain.p_holm:.3f}" if gain.p_holm >= 0.0005 else "<0.001",
+        "lambda_max": metric(row.lambda_max),
+        "m-sharpness": metric(row.m_sharpness),
         "cost (predicted)": cost,
     }

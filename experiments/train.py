@@ -249,8 +249,8 @@ class _Run:
         except MaskError as error:
             # A run that diverges is a result; a mask that cannot be had from the start, or that its builder
             # gets wrong, is an error.
-            broken = isinstance(error, BuilderError) and all(bool(torch.isfinite(p).all()) for p in context.parameters())
-            if step == 0 or broken:
+            finite = all(bool(torch.isfinite(p).all()) for p in context.parameters())
+            if step == 0 or (finite and isinstance(error, BuilderError)):
                 raise
             failure = str(error)
         self.builds.append(

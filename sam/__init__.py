@@ -1,7 +1,7 @@
 """How weights are perturbed: one sharpness-aware optimizer for any mask, rule and base optimizer."""
 
 from sam.optimizer import SAM, NonFiniteError, StepStats
-from sam.perturbation import Elementwise, Identity, Layerwise, Metric, Perturbation, Rule, perturbation
+from sam.perturbation import Elementwise, Identity, Layerwise, Metric, Perturbation, Rule, perturb
 
 __all__ = [
     "SAM",
@@ -13,5 +13,5 @@ __all__ = [
     "Perturbation",
     "Rule",
     "StepStats",
-    "perturbation",
+    "perturb",
 ]

@@ -17,7 +17,7 @@ from masks.mask import Mask
 from masks.norm_stats import frozen_statistics, statistics
 from masks.params import ParamTable
 from masks.region import Region
-from sam.perturbation import NormScope, Perturbation, Rule, perturbation, total_norm
+from sam.perturbation import NormScope, Perturbation, Rule, perturb, total_norm
 
 NormStatistics = Literal["first", "second", "both"]
 OnNonFinite = Literal["skip", "raise"]
@@ -296,9 +296,9 @@ class SAM(Optimizer):
                 raise InputError(f"{piece.row.name} has a sparse gradient, which SAM does not take")
         rho = [self.param_groups[i]["rho"] for i in self._groups]
         if self._whole is None:
-            return perturbation(self.rule, self._region, gradients, rho)
+            return perturb(self.rule, self._region, gradients, rho)
         touched = [gradients[piece.position] for piece in self._region.pieces]
-        return perturbation(self.rule, self._region, touched, rho, whole=self._whole, whole_gradients=gradients)
+        return perturb(self.rule, self._region, touched, rho, whole=self._whole, whole_gradients=gradients)
 
     @contextmanager
     def _moved(self, values: Sequence[Tensor]) -> Iterator[None]:

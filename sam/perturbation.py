@@ -224,7 +224,7 @@ def _times(tensors: Sequence[Tensor], scales: Sequence[Tensor | None]) -> list[T
 
 
 @torch.no_grad()
-def perturbation(
+def perturb(
     rule: Rule,
     region: Region,
     gradients: Sequence[Tensor],

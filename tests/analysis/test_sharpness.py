@@ -12,6 +12,7 @@ from scipy.optimize import brentq
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from analysis.examples import data_digest
 from analysis.sharpness import m_sharpness
 from masks.errors import InputError, MaskError
 from masks.mask import Mask, Provenance
@@ -113,14 +114,15 @@ def test_one_step_under_a_mask(name, density):
     assert moved[:, keep].any()
 
 
+@pytest.mark.parametrize("method", ["pgd", "apgd"])
 @pytest.mark.parametrize("rule", [LINF, Rule(Elementwise(0.05, "adaptive"), math.inf)])
-def test_pgd_linf_reaches_the_corner_of_a_diagonal_quadratic(rule):
+def test_linf_reaches_the_corner_of_a_diagonal_quadratic(rule, method):
     model, x, batches = problem(diagonal=True)
     c = torch.ones(DIM, dtype=torch.float64) if rule is LINF else model.w.detach().abs() + 0.05
     # Of the two ends of a coordinate the better one is where the gradient at w points: the curvature adds the
     # same to both.
     want = [float((0.4 * c * g.abs() + 0.5 * 0.16 * c**2 * model.a.diag()).sum()) for g in micro_gradients(model, x, 5)]
-    got = m_sharpness(model, batches, m=5, rho=0.4, rule=rule, steps=10, loss=half_square)
+    got = m_sharpness(model, batches, m=5, rho=0.4, rule=rule, method=method, steps=10, loss=half_square)
     assert got.value == pytest.approx(np.mean(want), rel=1e-12)
 
 
@@ -157,6 +159,14 @@ def test_pgd_l2_reaches_the_trust_region_maximum(rule, rho):
         assert one.value < 0.995 * want  # the problem tells them apart
     assert default.settings["step_size"] == 0.125
     assert "200-step projected gradient (step 1 rho)" in converged.name
+    auto, longer = (
+        m_sharpness(model, batches, m=5, rho=rho, rule=rule, method="apgd", steps=k, loss=half_square)
+        for k in (20, 200)
+    )
+    assert default.value * (1 - 1e-9) <= auto.value <= want * (1 + 1e-12)
+    assert auto.value == pytest.approx(want, rel=0.01)
+    assert longer.value == pytest.approx(want, rel=1e-6)
+    assert "20-step Auto-PGD" in auto.name
 
 
 def test_ascent_never_leaves_the_ball():
@@ -172,9 +182,16 @@ def test_ascent_never_leaves_the_ball():
         m_sharpness(model, batches, m=5, rho=2.0, rule=rule, steps=4, loss=half_square)
         radii = [float(norm(v - w)) for v in model.visited]
         assert max(radii) == pytest.approx(2.0, rel=1e-9)
-        # Two micro-batches: w, the one-step point, the iterates (the first of length 2.5 rho / K).
-        assert len(radii) == 2 * (2 + 4)
-        assert radii[2] == pytest.approx(2.5 * 2.0 / 4, rel=1e-9)
+        # Two passes that must agree; for both micro-batches w, the one-step point, the iterates (the first of length
+        # 2.5 rho / K).
+        assert len(radii) == 2 + 2 * (2 + 4)
+        assert radii[4] == pytest.approx(2.5 * 2.0 / 4, rel=1e-9)
+        model.visited.clear()
+        m_sharpness(model, batches, m=5, rho=2.0, rule=rule, method="apgd", steps=9, loss=half_square)
+        radii = [float(norm(v - w)) for v in model.visited]
+        assert max(radii) == pytest.approx(2.0, rel=1e-9)
+        assert len(radii) == 2 + 2 * (1 + 9)
+        assert radii[3] == pytest.approx(2.0, rel=1e-9)  # the first iterate is the one-step point
 
 
 def test_one_step_may_be_negative_and_ascent_may_not():
@@ -291,12 +308,179 @@ def test_elementwise_adaptive_sharpness_is_invariant_to_relu_rescaling(p, steps)
     assert value(scaled, Rule(p=p)) != pytest.approx(value(net, Rule(p=p)), rel=0.05)
 
 
+# -- Auto-PGD ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("method", "extra"), [("pgd", 2), ("apgd", 1)])
+def test_k_steps_cost_k_gradients(monkeypatch, method, extra):
+    model, _, batches = problem()
+    calls = []
+    grad = torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *a, **k: (calls.append(1), grad(*a, **k))[1])
+    m_sharpness(model, batches, m=5, rho=0.5, rule=L2, method=method, steps=7, loss=half_square)
+    assert len(calls) == 2 * 7
+    assert len(model.visited) == 2 + 2 * (7 + extra)
+
+
+def test_linf_on_a_general_quadratic_against_all_corners():
+    """A convex function is largest at a corner: never exceeded, and found more often than by one step."""
+    corners = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0], dtype=torch.float64)] * 8)
+    found = {"one_step": 0, "pgd": 0, "apgd": 0}
+    for seed in range(20):
+        g = torch.Generator().manual_seed(seed)
+        root = torch.randn(8, 8, generator=g, dtype=torch.float64)
+        a, w = root @ root.T, torch.randn(8, generator=g, dtype=torch.float64)
+        gradient = a @ w
+        want = float((corners @ gradient + 0.5 * ((corners @ a) * corners).sum(1)).max())
+        values = {}
+        for method in found:
+            model = Quadratic(a, w)
+            steps = 1 if method == "one_step" else 20
+            data = [(torch.zeros(1, 8, dtype=torch.float64), torch.zeros(1))]
+            values[method] = m_sharpness(
+                model, data, m=1, rho=1.0, rule=LINF, method=method, steps=steps, loss=half_square
+            ).value
+            assert values[method] <= want * (1 + 1e-12)
+            found[method] += values[method] > want * (1 - 1e-9)
+        assert values["one_step"] <= min(values["pgd"], values["apgd"]) * (1 + 1e-12)
+    assert min(found["pgd"], found["apgd"]) > found["one_step"]
+    assert found["apgd"] >= 12
+
+
+# -- normalised logits, radius conventions, the data --------------------------------------------------------------
+
+
+def test_normalised_logits_against_plain_arithmetic(case):
+    model = case.fresh().eval()
+
+    def by_hand(logits, targets):
+        centred = logits - logits.mean(1)[:, None]
+        return F.cross_entropy(centred / centred.square().sum(1).sqrt()[:, None], targets, reduction="none")
+
+    settings = {"m": 50, "rho": 0.05, "rule": Rule(Elementwise(0.0, "adaptive"), math.inf), "method": "apgd"}
+    got = m_sharpness(model, case.batches, steps=3, normalise_logits=True, **settings)
+    want = m_sharpness(model, case.batches, steps=3, loss=by_hand, **settings)
+    assert got.value == pytest.approx(want.value, rel=1e-9)
+    assert got.name.endswith("evaluation-mode normalization, normalised logits")
+    plain = m_sharpness(model, case.batches, steps=3, **settings)
+    assert plain.value != pytest.approx(got.value, rel=0.05)
+    assert "normalised" not in plain.name
+
+
+def test_normalised_logits_that_are_all_equal_have_no_nan():
+    model = nn.Linear(3, 4).double()
+    nn.init.zeros_(model.weight)
+    nn.init.zeros_(model.bias)
+    data = [(torch.ones(2, 3), torch.tensor([0, 1]))]
+    got = m_sharpness(model, data, m=2, rho=0.1, rule=L2, method="apgd", steps=3, normalise_logits=True)
+    assert 0 <= got.value < math.inf
+    with pytest.raises(InputError, match=r"at least 2 classes, got shape \(2, 1\)"):
+        m_sharpness(nn.Linear(3, 1), data, m=2, rho=0.1, rule=L2, normalise_logits=True, loss=lambda out, _: out[:, 0])
+
+
+def test_radius_conventions():
+    model, _, batches = problem()
+    keep = torch.zeros(DIM, dtype=torch.bool)
+    keep[:10] = True
+    mask = Mask(ParamTable.from_model(model), (keep,))
+    w = model.w.detach()
+    eta, adaptive = Rule(Elementwise(0.1, "adaptive")), Rule(Elementwise(0.0, "adaptive"))
+    size = w / (w.abs() + 0.1)
+    for rule, convention, factor in [
+        (L2, "same", 1.0),
+        (L2, "rms", 0.5),
+        (LINF, "rms", 1.0),
+        (L2, "relative", float(w[:10].norm() / w.norm())),
+        (LINF, "relative", float(w[:10].abs().max() / w.abs().max())),
+        (eta, "relative", float(size[:10].norm() / size.norm())),
+        (adaptive, "relative", 0.5),
+        (Rule(Elementwise(0.0, "adaptive"), math.inf), "relative", 1.0),
+    ]:
+        got = m_sharpness(model, batches, m=5, rho=0.3, rule=rule, mask=mask, radius=convention, loss=half_square)
+        want = m_sharpness(model, batches, m=5, rho=0.3 * factor, rule=rule, mask=mask, loss=half_square)
+        assert got.value == pytest.approx(want.value, rel=1e-9)
+        assert got.settings["radius_used"] == pytest.approx(0.3 * factor, rel=1e-9)
+        assert got.settings["rho"] == 0.3
+        if convention != "same":
+            assert f"rho=0.3 by radius convention {convention}, here {0.3 * factor:.6g}" in got.name
+        every = m_sharpness(model, batches, m=5, rho=0.3, rule=rule, radius=convention, loss=half_square)
+        assert every.settings["radius_used"] == pytest.approx(0.3)
+    with torch.no_grad():
+        model.w[:10] = 0
+    with pytest.raises(InputError, match="weights on the mask are all zero"):
+        m_sharpness(model, batches, m=5, rho=0.3, rule=L2, mask=mask, radius="relative", loss=half_square)
+
+
+def test_weights_that_are_zero_do_not_count_in_a_relative_radius():
+    model, _, batches = problem()
+    with torch.no_grad():
+        model.w[::4] = 0
+    keep = torch.zeros(DIM, dtype=torch.bool)
+    keep[:10] = True
+    got = m_sharpness(
+        model,
+        batches,
+        m=5,
+        rho=0.3,
+        rule=Rule(Elementwise(0.0, "adaptive")),
+        mask=Mask(ParamTable.from_model(model), (keep,)),
+        radius="relative",
+        loss=half_square,
+    )
+    assert got.settings["radius_used"] == pytest.approx(0.3 * math.sqrt(7 / 30))
+
+
+def test_digest_is_of_the_examples_in_order(conv_case):
+    x, y = conv_case.x, conv_case.y
+    whole = data_digest([(x, y)])
+    assert data_digest(conv_case.batches) == whole
+    assert (
+        len({whole, data_digest([(x.flip(0), y)]), data_digest([(x, (y + 1) % 5)]), data_digest([(x[1:], y[1:])])}) == 4
+    )
+    got = m_sharpness(conv_case.model, conv_case.batches, m=64, rho=0.05, rule=L2)
+    assert got.settings["data_digest"] == whole
+    ragged = [(x, y), (x[:, :, :4], y)]
+    with pytest.raises(InputError, match=r"the inputs of batch 1 are .* of shape \(150, 1, 4, 8\)"):
+        m_sharpness(conv_case.model, ragged, m=64, rho=0.05, rule=L2)
+
+
+class Noisy(nn.Module):
+    def __init__(self, model, noise):
+        super().__init__()
+        self.model, self.noise = model, noise
+
+    def forward(self, x):
+        return self.model(self.noise(x))
+
+
+NOISES = {
+    "numpy": lambda x: x + torch.from_numpy(np.random.default_rng().normal(size=tuple(x.shape))),
+    "torch": lambda x: x + 0.01 * torch.randn_like(x),
+    "dropout left on": lambda x: F.dropout(x, 0.1),
+    "flip": lambda x: x.flip(3) if next(_toggle) else x,
+}
+_toggle = iter(i % 2 == 1 for i in range(10**9))
+
+
+@pytest.mark.parametrize("kind", NOISES)
+def test_data_that_differ_between_passes_are_named(conv_case, kind, snapshot):
+    model = Noisy(conv_case.fresh(), NOISES[kind])
+    before = snapshot(model)
+    with pytest.raises(
+        InputError, match=r"data that differ between passes: .* second pass at the same weights"
+    ) as error:
+        m_sharpness(model, conv_case.batches, m=64, rho=0.05, rule=L2)
+    assert "\n" not in str(error.value)
+    before.check()
+
+
 # -- nothing is left behind, no wrong number ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("method", ["one_step", "pgd", "apgd"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_model_is_left_untouched(case, steps, dtype, snapshot):
+def test_model_is_left_untouched(case, method, dtype, snapshot):
+    steps = 1 if method == "one_step" else 3
     model = case.fresh(dtype).train()
     next(iter(model.children())).eval()
     with torch.no_grad():  # values that adding and subtracting would not give back
@@ -309,7 +493,7 @@ def test_model_is_left_untouched(case, steps, dtype, snapshot):
     partial = tuple(torch.rand(row.shape) < 0.5 for row in table)
     before = snapshot(model)
     for mask in (None, Mask(table, partial)):
-        m_sharpness(model, case.batches, m=64, rho=1.0, rule=LINF, mask=mask, steps=steps)
+        m_sharpness(model, case.batches, m=64, rho=1.0, rule=LINF, mask=mask, method=method, steps=steps)
         before.check()
 
 
@@ -317,8 +501,9 @@ class Boom(Exception):
     pass
 
 
-@pytest.mark.parametrize("fail_at", [1, 2, 3, 4])
-def test_weights_come_back_after_an_exception(conv_case, fail_at, snapshot):
+@pytest.mark.parametrize("method", ["pgd", "apgd"])
+@pytest.mark.parametrize("fail_at", [1, 3, 4, 5])
+def test_weights_come_back_after_an_exception(conv_case, fail_at, method, snapshot):
     model, calls = conv_case.fresh().train(), []
     before = snapshot(model)
 
@@ -329,7 +514,8 @@ def test_weights_come_back_after_an_exception(conv_case, fail_at, snapshot):
         return F.cross_entropy(logits, targets, reduction="none")
 
     with pytest.raises(Boom):
-        m_sharpness(model, conv_case.batches, m=64, rho=1.0, rule=L2, steps=3, loss=loss)
+        m_sharpness(model, conv_case.batches, m=64, rho=1.0, rule=L2, method=method, steps=3, loss=loss)
+    assert len(calls) == fail_at
     before.check()
 
 
@@ -362,6 +548,12 @@ def test_unusable_input_is_refused(conv_case):
         ({"rho": 0.0}, "rho must be a positive finite number"),
         ({"rho": math.nan}, "rho must be"),
         ({"rho": math.inf}, "rho must be"),
+        ({"rho": True}, "rho must be"),
+        ({"method": "agpd", "steps": 3}, "unknown method 'agpd'; did you mean apgd"),
+        ({"method": "apgd"}, "method 'apgd' takes steps > 1, got 1"),
+        ({"method": "one_step", "steps": 2}, "method 'one_step' takes 1 step, got 2"),
+        ({"method": "apgd", "steps": 3, "step_size": 1.0}, "chooses its own step size"),
+        ({"radius": "relativ"}, "did you mean relative"),
         ({"mask": Mask(table, (False,) * len(table))}, "keeps no coordinate"),
     ]:
         with pytest.raises(InputError, match=text):

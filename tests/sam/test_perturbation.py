@@ -11,7 +11,7 @@ from torch import nn
 
 from masks import InputError, Mask, ParamTable
 from masks.region import Region
-from sam import Elementwise, Identity, Layerwise, Rule, perturbation
+from sam import Elementwise, Identity, Layerwise, Rule, perturb
 from sam.perturbation import RULE_NAMES, total_norm
 from tests.sam.nets import (
     RULES,
@@ -28,14 +28,14 @@ from tests.sam.nets import (
 FORMS = ("whole", "index", "dense", "mixed", "all")
 
 
-def perturb(model, mask, rule, scope="masked", rho=0.3, gradients=None):
+def perturbed(model, mask, rule, scope="masked", rho=0.3, gradients=None):
     """`perturbation` of a model at its current gradient: eps over all coordinates, g, and the result."""
     region = Region(mask, model)
     if gradients is None:
         gradients = torch.autograd.grad(model(model.b).mean(), list(model.parameters()))
     touched = [gradients[piece.position] for piece in region.pieces]
     whole = Region(Mask(mask.table, (True,) * len(mask.table)), model) if scope == "full" else None
-    out = perturbation(rule, region, touched, rho, whole=whole, whole_gradients=gradients if whole else ())
+    out = perturb(rule, region, touched, rho, whole=whole, whole_gradients=gradients if whole else ())
     parts = [torch.zeros(row.shape, dtype=torch.float64) for row in mask.table]
     for piece, eps in zip(region.pieces, region.scatter(out.values), strict=True):
         parts[piece.position] = eps
@@ -55,7 +55,7 @@ def test_the_forms_of_the_quadratic_are_what_they_say():
 def test_eps_follows_the_formula(rule, scope, form):
     model = Quadratic()
     mask = quadratic_masks(model)[form]
-    eps, g, out = perturb(model, mask, RULES[rule], scope)
+    eps, g, out = perturbed(model, mask, RULES[rule], scope)
     w = flat(list(model.parameters()))
     expected, T = reference_eps(w, g, mask, **describe(RULES[rule]), scope=scope, rho=np.full_like(w, 0.3))
     np.testing.assert_allclose(eps, expected, rtol=1e-13, atol=1e-16)
@@ -78,7 +78,7 @@ def test_no_feasible_point_beats_eps(rule, form):
     """eps maximises <g, eps> over ||T^-1 eps||_p <= rho: no random point does better, and the bound is attained."""
     model = Quadratic(seed=4)
     mask = quadratic_masks(model)[form]
-    eps, g, _ = perturb(model, mask, RULES[rule])
+    eps, g, _ = perturbed(model, mask, RULES[rule])
     w = flat(list(model.parameters()))
     _, T = reference_eps(w, g, mask, **describe(RULES[rule]), scope="masked", rho=np.full_like(w, 0.3))
     keep = np.concatenate([part.numpy().reshape(-1) for part in mask.dense()])
@@ -97,8 +97,8 @@ def test_no_feasible_point_beats_eps(rule, form):
 def test_linf_has_no_full_scope_but_l2_differs_by_it():
     model = Quadratic()
     mask = quadratic_masks(model)["index"]
-    masked, _, _ = perturb(model, mask, Rule(), "masked")
-    full, g, _ = perturb(model, mask, Rule(), "full")
+    masked, _, _ = perturbed(model, mask, Rule(), "masked")
+    full, g, _ = perturbed(model, mask, Rule(), "full")
     keep = masked != 0
     ratio = np.linalg.norm(g[keep]) / np.linalg.norm(g)
     np.testing.assert_allclose(full, masked * ratio, rtol=1e-12)
@@ -110,7 +110,7 @@ def test_radii_per_piece_share_one_norm(rho_as):
     model = Quadratic()
     mask = quadratic_masks(model)["mixed"]
     rho = [rho_as(r) for r in (0.1, 0.7, 0.0)]
-    eps, g, _ = perturb(model, mask, Rule.named("elementwise_l2"), rho=rho)
+    eps, g, _ = perturbed(model, mask, Rule.named("elementwise_l2"), rho=rho)
     w = flat(list(model.parameters()))
     radii = np.concatenate([np.full(40, 0.1), np.full(4, 0.7), np.zeros(12), np.zeros(3)])
     expected, _ = reference_eps(
@@ -124,7 +124,7 @@ def test_radii_per_piece_share_one_norm(rho_as):
 def test_a_zero_gradient_does_not_move(name, form):
     model = Quadratic()
     zeros = [torch.zeros_like(p) for p in model.parameters()]
-    eps, _, out = perturb(model, quadratic_masks(model)[form], Rule.named(name), gradients=zeros)
+    eps, _, out = perturbed(model, quadratic_masks(model)[form], Rule.named(name), gradients=zeros)
     assert not eps.any()
     assert bool(out.finite)
     assert out.radius.item() == 0.0
@@ -140,7 +140,7 @@ def test_a_nonfinite_gradient_does_not_move(name, form, value):
     for gradient, part in zip(gradients, mask.dense(), strict=True):
         if part.any():
             gradient.view(-1)[part.view(-1).nonzero()[-1]] = value
-    eps, _, out = perturb(model, mask, Rule.named(name), gradients=gradients)
+    eps, _, out = perturbed(model, mask, Rule.named(name), gradients=gradients)
     assert not eps.any()
     assert not bool(out.finite)
     assert out.radius.item() == 0.0
@@ -152,7 +152,7 @@ def test_gradients_and_weights_are_not_changed(name):
     gradients = list(torch.autograd.grad(model(model.b).mean(), list(model.parameters())))
     before = [g.clone() for g in gradients], [p.detach().clone() for p in model.parameters()]
     for mask in quadratic_masks(model).values():
-        perturb(model, mask, Rule.named(name), gradients=gradients)
+        perturbed(model, mask, Rule.named(name), gradients=gradients)
     assert all(torch.equal(a, b) for a, b in zip(before[0], gradients, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(before[1], model.parameters(), strict=True))
 
@@ -163,8 +163,8 @@ def test_what_lies_outside_the_mask_does_not_matter():
     gradients = list(torch.autograd.grad(model(model.b).mean(), list(model.parameters())))
     for mask in quadratic_masks(model).values():
         wild = [torch.where(part, g, math.nan) for g, part in zip(gradients, mask.dense(), strict=True)]
-        a, _, out = perturb(model, mask, Rule(), gradients=gradients)
-        b, _, wild_out = perturb(model, mask, Rule(), gradients=wild)
+        a, _, out = perturbed(model, mask, Rule(), gradients=gradients)
+        b, _, wild_out = perturbed(model, mask, Rule(), gradients=wild)
         np.testing.assert_array_equal(a, b)
         assert bool(wild_out.finite)
         assert out.radius == wild_out.radius
@@ -182,7 +182,7 @@ def test_channels_last_gives_the_same_eps(rule):
         for layout in (torch.contiguous_format, torch.channels_last):
             region = Region(mask, model)
             laid = [g.contiguous(memory_format=layout) if g.ndim == 4 else g for g in gradients]
-            out = perturbation(Rule.named(rule), region, [laid[p.position] for p in region.pieces], 0.1)
+            out = perturb(Rule.named(rule), region, [laid[p.position] for p in region.pieces], 0.1)
             results.append(region.scatter(out.values))
     keep = [part for part in mask.dense() if part.any()]
     for other in results[1:]:
@@ -246,14 +246,14 @@ def test_the_radius_is_rho_for_gradients_of_any_size(scale):
     model = nn.Linear(30, 30)
     mask = Mask(ParamTable.from_model(model), (True, True))
     region = Region(mask, model)
-    out = perturbation(Rule(), region, [torch.randn_like(p) * scale for p in model.parameters()], 0.05)
+    out = perturb(Rule(), region, [torch.randn_like(p) * scale for p in model.parameters()], 0.05)
     assert out.radius.item() == pytest.approx(0.05, rel=1e-5)
 
 
 def test_a_vanishing_gradient_gives_a_finite_eps():
     model = nn.Linear(3, 3)
     region = Region(Mask(ParamTable.from_model(model), (True, True)), model)
-    out = perturbation(Rule(), region, [torch.full_like(p, 1e-42) for p in model.parameters()], 100.0)
+    out = perturb(Rule(), region, [torch.full_like(p, 1e-42) for p in model.parameters()], 100.0)
     assert all(torch.isfinite(v).all() for v in out.values)
 
 

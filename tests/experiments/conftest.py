@@ -1,0 +1,92 @@
+"""Tiny runs and one tiny comparison that the tests of the main job share."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiments.compare import Comparison, compare
+from experiments.config import Arm, CompareConfig, RunConfig
+from experiments.measure import MeasureConfig
+
+TINY = {"n_train": 100, "n_val": 30, "n_test": 50, "width": 4, "epochs": 2, "batch_size": 32, "lr": 0.1}
+ARMS = (
+    Arm("none", "none"),
+    Arm("none_2x", "none", epochs_factor=2, role="control"),
+    Arm("all", "all", (0.05, 0.2)),
+    Arm("no_norm", "no_norm", (0.05, 0.2), role="control"),
+    Arm("norm", "norm", (0.5, 2.0)),
+    Arm("random", "random", (0.5, 2.0)),
+    Arm("fisher", "fisher:exclude_norm=true", (0.05, 0.2)),
+)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Callable[..., RunConfig]:
+    """Makes the configuration of a run of a twentieth of a second."""
+    return lambda **changes: RunConfig(**{**TINY, "score_images": 40, **changes})
+
+
+@pytest.fixture(scope="session")
+def tiny_comparison() -> Callable[..., CompareConfig]:
+    """Makes a comparison of such runs."""
+    small = {**TINY, "arms": ARMS, "seeds": 3, "tuning_seeds": 2}
+    return lambda **changes: CompareConfig(**{**small, **changes})
+
+
+@pytest.fixture(scope="session")
+def measured() -> MeasureConfig:
+    return MeasureConfig(images=64, sharpness_m=16)
+
+
+@pytest.fixture(scope="session")
+def comparison(
+    tiny_comparison: Callable[..., CompareConfig], measured: MeasureConfig, tmp_path_factory: pytest.TempPathFactory
+) -> Comparison:
+    """A finished comparison, made by a real worker process; leave its folder as it is."""
+    folder = tmp_path_factory.mktemp("study") / "comparison"
+    return compare(tiny_comparison(), folder, measure=measured, processes=1, device="cpu", quiet=True)
+
+
+class SerialExecutor:
+    """Does each job in this process when it is submitted."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def submit(self, fn: Callable[..., Any], *args: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(fn(*args))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+    def shutdown(self, **_: Any) -> None: ...
+
+
+@pytest.fixture
+def serial(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs are made in this process: starting others takes seconds, and here they can be watched."""
+    monkeypatch.setattr("experiments.runner.ProcessPoolExecutor", SerialExecutor)
+
+
+@pytest.fixture
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take half a second a page."""
+    monkeypatch.setattr("experiments.report.figures", lambda *_: {})
+
+
+@pytest.fixture
+def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty current folder, from which modules are imported."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    yield tmp_path
+    for name, module in list(sys.modules.items()):
+        if str(getattr(module, "__file__", None)).startswith(str(tmp_path)):
+            del sys.modules[name]

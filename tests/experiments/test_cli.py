@@ -1,0 +1,611 @@
+"""The command line: what it prints, and one clear line for whatever cannot be had."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from experiments import cli
+from experiments.checkpoint import save_checkpoint
+from experiments.cli import main
+from experiments.compare import Comparison
+from experiments.config import CompareConfig, RunConfig
+from experiments.models import build_model
+from experiments.record import RunRecord
+from masks import Mask, MaskContext, build_mask, list_masks, mask_info, registry
+
+TINY = ["--n-train=100", "--n-val=30", "--n-test=50", "--width=4", "--epochs=1", "--batch-size=32"]
+COMMAND = Path(sys.executable).with_name("sam-masks")
+LIMITED = pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+
+
+@pytest.fixture(autouse=True)
+def own_plugins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Masks of plugins loaded in a test are forgotten."""
+    mask_info("norm")
+    monkeypatch.setattr(registry, "_registry", dict(registry._registry))
+
+
+Output = pytest.CaptureFixture[str]
+
+
+def refused(arguments: list[str], output: Output) -> str:
+    """The one line on stderr of a command that must be refused."""
+    try:
+        code = main(arguments)
+    except SystemExit as error:
+        pytest.fail(f"SystemExit({error.code}): {output.readouterr().err}")
+    out, err = output.readouterr()
+    assert code == 2, err
+    assert out == ""
+    assert err.startswith("sam-masks: error: ")
+    assert err.count("\n") == 1
+    assert err.endswith("\n")
+    assert "Traceback" not in err
+    assert len(err) < 500, err
+    return err.removeprefix("sam-masks: error: ").rstrip()
+
+
+# -- bad input ----------------------------------------------------------------------------------------------
+
+BAD: dict[str, tuple[list[str], str]] = {
+    # names
+    "command": (["trian"], "unknown command 'trian'; did you mean train?"),
+    "mask": (["train", "--mask", "nrom"], "unknown mask 'nrom'; did you mean norm"),
+    "mask among masks": (["compare", "--masks", "all,rnadom"], "unknown mask 'rnadom'; did you mean random"),
+    "mask to list": (["masks", "--model=mlp", "--density=.1", "--masks=magnitud"], "did you mean magnitude?"),
+    "option of a mask": (["train", "--mask", "fisher:label=model"], "did you mean labels?"),
+    "value of an option of a mask": (["train", "--mask=fisher:labels=x"], "must be data|model, got 'x'"),
+    "model": (["train", "--model", "resnet_smal"], "unknown model 'resnet_smal'; did you mean resnet_small"),
+    "torchvision model": (["masks", "--model=torchvision:resnet81"], "did you mean resnet18"),
+    "model of one's own": (["masks", "--model=nowhere:net"], "cannot import 'nowhere'"),
+    "function of one's own": (["masks", "--model=json:lods"], "did you mean loads"),
+    "data": (["train", "--data", "digts"], "unknown data set 'digts'; did you mean digits?"),
+    "rule": (["train", "--rule", "l3"], "option rule must be one of l2, linf, elementwise_l2"),
+    "optimizer": (["train", "--optimizer", "adam"], "option optimizer must be one of sgd, adamw, got adam"),
+    "option": (["train", "--moedl", "mlp"], "unknown option 'moedl'; did you mean model"),
+    "option with =": (["compare", "--epochz=3"], "unknown option 'epochz'; did you mean epochs?"),
+    "option like none": (["compare", "--xyzzy"], "unknown option 'xyzzy'; --help lists the options"),
+    "abbreviation": (["train", "--epoch", "3"], "unknown option 'epoch'; did you mean epochs?"),
+    "argument": (["train", "foo"], "unknown option 'foo'"),
+    "option of another command": (["train", "--seeds", "3"], "unknown option 'seeds'; did you mean seed"),
+    "what a comparison decides": (["compare", "--mask", "norm"], "unknown option 'mask'; did you mean masks"),
+    "one seed of a comparison": (["compare", "--seed", "3"], "unknown option 'seed'; did you mean seeds"),
+    "one radius of a comparison": (["compare", "--rho", "3"], "unknown option 'rho'; did you mean rho_grid"),
+    "tuning by hand": (["train", "--tuning", "true"], "unknown option 'tuning'"),
+    "missing value": (["train", "--epochs"], "expected one argument"),
+    "device": (["train", "--device", "gpu"], "unknown device 'gpu'; use auto, cpu, cuda or cuda:N"),
+    # numbers
+    "density above 1": (["train", "--mask=random", "--density=1.5"], "density must lie between 0 and 1, got 1.5"),
+    "negative density": (["masks", "--model=mlp", "--density=-0.1"], "density must lie between 0 and 1, got -0.1"),
+    "unreachable density": (["train", *TINY, "--mask=random", "--density=1e-7"], "out of reach: it would keep 0"),
+    "density of no norm": (
+        ["train", *TINY, "--mask=magnitude:exclude_norm=true", "--density=0.99"],
+        "cannot keep 1368 coordinates: only 1310 of 1382 are eligible",
+    ),
+    "negative rho": (["train", "--rho", "-1"], "rho must be a finite number >= 0, got -1.0"),
+    "NaN rho": (["train", "--rho", "nan"], "rho must be a finite number"),
+    "NaN rho in YAML": (["train", "--rho", ".nan"], "rho must be a finite number >= 0, got nan"),
+    "infinite rho": (["train", "--rho", "1e999"], "rho must be a finite number >= 0, got inf"),
+    "negative grid": (["compare", "--rho-grid=1,-2"], "distinct finite numbers >= 0"),
+    "NaN in a grid": (["compare", "--masks=norm", "--rho-grid=1,nan"], "distinct finite numbers >= 0"),
+    "words": (["train", "--epochs", "many"], "option epochs must be a whole number, got many"),
+    "words for an optional number": (["train", "--n-train", "x"], "option n_train must be a whole number, got x"),
+    "words for a share": (["compare", "--label-noise=x"], "option label_noise must be a finite number, got x"),
+    "half an epoch": (["train", "--epochs", "1.5"], "option epochs must be a whole number, got 1.5"),
+    "noise above 1": (["train", "--label-noise", "2"], "label_noise must be from 0 to 1"),
+    "no processes": (["compare", *TINY, "--processes=0"], "processes must be at least 1, got 0"),
+    "sharpness radius": (["compare", "--sharpness-rho=0"], "sharpness_rho must be a positive finite number"),
+    "more images than there are": (["train", "--n-train=5000"], "n_train = 5000"),
+    # masks and models that do not go together
+    "norm without norms": (["train", "--model=mlp", "--mask=norm"], "none of the model's 6 trainable tensors belongs"),
+    "match without norms": (["train", "--model=mlp", "--mask=random"], "none of the model's 6 trainable tensors"),
+    "arm without norms": (["compare", "--model=mlp", "--masks=all,random"], "arm random: mask norm: none of the"),
+    "list without norms": (["masks", "--model=mlp"], "none of the model's 6 trainable tensors belongs to a norm"),
+    "match of a budgeted mask": (["train", "--mask=random", "--match=fisher"], "fisher is budgeted; give a density"),
+    "classes that are too few": (["masks", "--model=mlp", "--data=digits", "--num-classes=3"], "num_classes is 3"),
+    "images of another shape": (["train", "--model=torchvision:resnet18"], "does not take images of 1x8x8"),
+    "a mask that needs data": (["masks", "--model=vit_small", "--masks=fisher"], "none was given"),
+    "a mask never built": (["train", *TINY, "--mask=norm@after=1"], "would never be built: the run ends after 1 epoch"),
+    "a rule without a norm": (["train", "--rule=linf", "--norm-scope=full"], "norm_scope full has no meaning"),
+    "what has no effect": (
+        ["masks", "--density", "0.1", "--save=x"],
+        "density and save have no effect without --model",
+    ),
+    # comparisons
+    "an arm twice": (["compare", "--masks=norm,norm"], "two arms have the same name: norm"),
+    "nothing to compare": (["compare", "--masks=none"], "nothing to compare"),
+    # files
+    "no configuration": (["compare", "--config=nowhere.yaml"], "nowhere.yaml"),
+    "no checkpoint": (["train", *TINY, "--init=nowhere.pt"], "cannot read checkpoint nowhere.pt: No such file"),
+    "no mask file": (["train", *TINY, "--mask=file:path=nowhere.npz"], "cannot read mask file nowhere.npz: No such"),
+    "no path": (["train", *TINY, "--mask=file"], "mask file needs its option path: file:path=FILE.npz"),
+    "no data file": (["train", "--data=npz:nowhere.npz"], "cannot read npz:nowhere.npz: No such file"),
+    "no image folder": (["train", "--data=folder:nowhere"], "folder:nowhere"),
+    "no plugin": (["masks", "--plugin=nowhere"], "plugin nowhere failed to import: ModuleNotFoundError"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_gives_one_line_and_leaves_nothing(case: str, in_folder: Path, capsys: Output) -> None:
+    arguments, message = BAD[case]
+    assert message in refused(arguments, capsys)
+    assert [path for path in in_folder.rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+@pytest.mark.parametrize("command", ["compare", "train"])
+def test_cuda_where_there_is_none(command: str, in_folder: Path, capsys: Output) -> None:
+    assert "finds no CUDA device here" in refused([command, "--device=cuda"], capsys)
+    assert list(in_folder.iterdir()) == []
+
+
+def data(**changes: Any) -> dict[str, np.ndarray]:
+    x = np.random.default_rng(0).random((40, 8, 8)).astype(np.float32)
+    y = np.arange(40) % 4
+    return {"x_train": x[:32], "y_train": y[:32], "x_test": x[32:], "y_test": y[32:], **changes}
+
+
+def with_nan() -> np.ndarray:
+    x = data()["x_train"].copy()
+    x[3, 1, 1] = np.nan
+    return x
+
+
+BAD_DATA: dict[str, tuple[dict[str, np.ndarray], str]] = {
+    "shape": (data(x_train=np.zeros((32, 64), np.float32)), "x_train has shape (32, 64); images must be N x H x W"),
+    "lengths": (data(y_train=np.zeros(31, int)), "x_train has 32 images, but y_train has 31 labels"),
+    "two shapes": (data(x_test=np.zeros((8, 9, 8), np.float32)), "x_train and x_test differ"),
+    "NaN": (data(x_train=with_nan()), "1 of 40 images hold NaN or infinite"),
+    "labels": (data(y_test=np.full(8, 4)), "y_test holds label 4, but the classes of y_train are 0 to 3"),
+    "negative labels": (data(y_train=np.full(32, -1)), "y_train holds label -1"),
+    "float labels": (data(y_train=np.zeros(32)), "labels must be integers"),
+    "missing": ({"x_train": data()["x_train"]}, "lacks y_train, x_test, y_test"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_DATA)
+@pytest.mark.parametrize("command", ["compare", "train"])
+def test_data_that_are_wrong(case: str, command: str, in_folder: Path, capsys: Output) -> None:
+    content, message = BAD_DATA[case]
+    np.savez("d.npz", **content)  # type: ignore[arg-type]
+    assert message in refused([command, "--data=npz:d.npz"], capsys)
+    assert [p.name for p in in_folder.iterdir()] == ["d.npz"]
+
+
+def test_data_that_are_truncated(in_folder: Path, capsys: Output) -> None:
+    np.savez("d.npz", **data())  # type: ignore[arg-type]
+    Path("d.npz").write_bytes(Path("d.npz").read_bytes()[:500])
+    assert "is not an .npz of plain arrays, or is truncated" in refused(["train", "--data=npz:d.npz"], capsys)
+
+
+CONFIGS: dict[str, tuple[bytes, str]] = {
+    "unknown key": (b"epochz: 1\n", "unknown option 'epochz'; did you mean epochs?"),
+    "key like none": (b"foo: 1\n", "unknown option 'foo'; --help lists the options"),
+    "key of a run": (b"rho: 1\n", "unknown option 'rho'; did you mean rho_grid"),
+    "wrong type": (b"epochs: many\n", "option epochs must be a whole number, got many"),
+    "malformed": (b"epochs: [1\n", "Problems parsing config"),
+    "a list": (b"- 1\n", "config"),
+    "no text": (bytes(range(128, 256)), "the configuration file is not text"),
+    "arms as text": (b"arms: norm\n", "option arms must be a list, got norm"),
+    "unknown mask": (b"arms:\n- {name: a, mask: nrom, rho: [1.0]}\n", "unknown mask 'nrom'; did you mean norm"),
+    "negative rho": (b"arms:\n- {name: a, mask: norm, rho: [-1.0]}\n", "arm a: rho must be distinct finite numbers"),
+    "unknown key of an arm": (b"arms:\n- {name: a, maks: norm, rho: [1.0]}\n", "unknown option 'maks'; did you mean"),
+    "two of a name": (b"arms:\n- {name: a, mask: norm, rho: [1]}\n- {name: a, mask: all, rho: [1]}\n", "same name: a"),
+}
+
+
+@pytest.mark.parametrize("case", CONFIGS)
+def test_configuration_files_that_are_wrong(case: str, in_folder: Path, capsys: Output) -> None:
+    content, message = CONFIGS[case]
+    Path("c.yaml").write_bytes(content)
+    assert message in refused(["compare", "--config=c.yaml"], capsys)
+    Path("folder.yaml").mkdir()
+    assert "folder.yaml" in refused(["compare", "--config=folder.yaml"], capsys)
+
+
+def test_checkpoints_that_are_wrong(in_folder: Path, capsys: Output) -> None:
+    model = build_model("resnet_small", in_channels=1, image_size=(8, 8), num_classes=10, width=8)
+    save_checkpoint(Path("other.pt"), {"model": model.state_dict()})
+    for command in (["train", *TINY], ["masks", "--model=resnet_small", "--width=4"]):
+        found = refused([*command, "--init=other.pt"], capsys)
+        assert found.startswith("the checkpoint is of another model: ")
+        assert "has shape" in found
+    Path("cut.pt").write_bytes(Path("other.pt").read_bytes()[:-300])
+    Path("foreign.pt").write_text("not a checkpoint")
+    for name in ("cut.pt", "foreign.pt"):
+        message = refused(["train", *TINY, f"--init={name}"], capsys)
+        assert f"{name} is not a checkpoint of plain tensors, or is truncated" in message
+    assert sorted(p.name for p in in_folder.iterdir() if p.is_file()) == ["cut.pt", "foreign.pt", "other.pt"]
+    assert not Path("results").exists() or not any(Path("results").iterdir())
+
+
+def test_mask_files_that_are_wrong(in_folder: Path, capsys: Output) -> None:
+    model = build_model("resnet_small", in_channels=1, image_size=(8, 8), num_classes=10, width=8)
+    build_mask("norm", MaskContext(model)).save("other.npz")
+    Path("cut.npz").write_bytes(Path("other.npz").read_bytes()[:-100])
+    Path("text.npz").write_text("not a mask")
+    np.savez("foreign.npz", x=np.zeros(3))
+    wanted = {
+        "other.npz": "holds a mask of another model",
+        "cut.npz": "is not a mask file, or is truncated",
+        "text.npz": "is not a mask file, or is truncated",
+        "foreign.npz": "is not a mask file, or is truncated",
+    }
+    for name, message in wanted.items():
+        assert f"{name} {message}" in refused(["train", *TINY, f"--mask=file:path={name}"], capsys)
+        found = refused(["compare", *TINY, f"--masks=file:path={name}"], capsys)
+        assert f"{name} {message}" in found
+        assert found.startswith(f"arm file:path={name}: ")
+
+
+PLUGIN = """from masks import register_score
+
+@register_score("{name}", summary="|w| to a power", source="test")
+def score(context, *, power: float = 1.0):
+    return [w.abs() ** power for w in context.parameters()]
+"""
+
+
+def test_plugins_that_are_wrong(in_folder: Path, capsys: Output) -> None:
+    Path("raising_masks.py").write_text("raise RuntimeError('no\\nluck')\n")
+    Path("syntax_masks.py").write_text("def (\n")
+    Path("taking_masks.py").write_text(PLUGIN.format(name="norm"))
+    Path("two_masks.py").write_text(PLUGIN.format(name="fresh") + PLUGIN.format(name="random"))
+    wanted = {
+        "raising_masks": "plugin raising_masks failed to import: RuntimeError: no luck",
+        "syntax_masks": "plugin syntax_masks failed to import: SyntaxError",
+        "taking_masks": "mask 'norm' is already registered by sam-masks; taking_masks must rename its own",
+        "two_masks": "mask 'random' is already registered by sam-masks; two_masks must rename its own",
+    }
+    for name, message in wanted.items():
+        for command in (["masks"], ["compare"], ["train"]):
+            assert message in refused([*command, f"--plugin={name}"], capsys)
+    assert "unknown mask 'fresh'" in refused(["train", "--mask=fresh"], capsys)  # none of a broken plugin's masks stays
+
+
+def test_folders_that_hold_other_things(in_folder: Path, capsys: Output) -> None:
+    Path("mine").mkdir()
+    Path("mine/thesis.txt").write_text("my only copy")
+    Path("file").write_text("mine, too")
+    for command in ("compare", "train"):
+        assert "choose another folder with --out" in refused([command, *TINY, "--out=mine"], capsys)
+        assert "cannot use file for results" in refused([command, *TINY, "--out=file"], capsys)
+    assert Path("mine/thesis.txt").read_text() == "my only copy"
+    assert len(list(in_folder.rglob("*"))) == 3
+
+
+@LIMITED
+def test_a_folder_that_may_not_be_written_to(in_folder: Path, capsys: Output) -> None:
+    Path("locked").mkdir(mode=0o555)
+    for command in ("compare", "train"):
+        for out in ("locked", "locked/below"):
+            assert "locked" in refused([command, *TINY, f"--out={out}"], capsys)
+
+
+def test_an_unforeseen_error_is_one_line_too(monkeypatch: pytest.MonkeyPatch, capsys: Output) -> None:
+    def broken(values: Any) -> int:
+        raise ZeroDivisionError("a\nbug")
+
+    monkeypatch.setattr(cli, "_masks", broken)
+    assert main(["masks"]) == 1
+    err = capsys.readouterr().err
+    assert err == "sam-masks: error: ZeroDivisionError: a bug; set SAM_MASKS_TRACEBACK=1 to see where it comes from\n"
+    monkeypatch.setenv("SAM_MASKS_TRACEBACK", "1")
+    with pytest.raises(ZeroDivisionError):
+        main(["masks"])
+
+
+def test_an_interruption_is_one_line_and_code_130(monkeypatch: pytest.MonkeyPatch, capsys: Output) -> None:
+    def interrupted(values: Any) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_train", interrupted)
+    assert main(["train"]) == 130
+    assert capsys.readouterr().err == (
+        "sam-masks: interrupted; finished runs are kept, and the same command goes on from there\n"
+    )
+
+
+# -- help ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", [None, "compare", "train", "masks"])
+def test_help_lists_and_explains_every_option(command: str | None, capsys: Output) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([*([command] if command else []), "--help"])
+    assert caught.value.code == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    if command is None:
+        assert all(name in out for name in ("compare", "train", "masks", "--version", "exit codes: 0 done"))
+        return
+    assert f"example: sam-masks {command}" in out
+    assert "<class" not in out
+    parser = next(a.choices for a in cli.build_parser()._actions if isinstance(a.choices, dict))[command]
+    for action in parser._actions:
+        for option in action.option_strings:
+            assert option in out
+        if action.help != "==SUPPRESS==" and not any(o.endswith(".help") for o in action.option_strings):
+            assert action.help, action.option_strings
+
+
+def test_no_command_shows_what_there_is(capsys: Output) -> None:
+    assert main([]) == 2
+    assert "compare" in capsys.readouterr().out
+
+
+def test_version(capsys: Output) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert re.fullmatch(r"sam-masks \S+\n", capsys.readouterr().out)
+
+
+# -- masks --------------------------------------------------------------------------------------------------
+
+
+def printed(arguments: list[str], output: Output) -> Any:
+    assert main(arguments) == 0
+    out, err = output.readouterr()
+    assert err == ""
+    return json.loads(out) if "--json" in arguments else out
+
+
+def test_masks_lists_every_mask(capsys: Output) -> None:
+    text = printed(["masks"], capsys)
+    listed = printed(["masks", "--json"], capsys)
+    names = [info.name for info in list_masks()]
+    assert [one["name"] for one in listed] == names
+    for info in list_masks():
+        assert re.search(rf"^{info.name}  \(", text, flags=re.MULTILINE)
+        assert info.summary in text
+
+
+def test_masks_of_a_model_as_json(capsys: Output) -> None:
+    masks = printed(["masks", "--model=vit_small", "--width=16", "--num-classes=3", "--json"], capsys)
+    norm = next(mask for mask in masks if mask["name"] == "norm")
+    assert (norm["kept"], norm["matched"], norm["jaccard_norm"]) == (7 * 32, False, 1.0)
+    for mask in masks:
+        assert {"name", "kept", "numel", "density", "matched", "jaccard_norm"} <= set(mask)
+        if mask["matched"]:
+            assert (mask["kept"], mask["numel"]) == (norm["kept"], norm["numel"])
+    assert {mask["name"] for mask in masks if mask["matched"]} == {"random", "random_depth", "magnitude"}
+
+
+def test_masks_of_a_model_with_data(capsys: Output) -> None:
+    command = ["masks", "--model=resnet_small", "--width=4", "--data=digits", "--score-images=40"]
+    text = printed(command, capsys)
+    masks = {mask["name"]: mask for mask in printed([*command, "--json"], capsys)}
+    for name in ("fisher", "snip", "gradient", "magnitude", "random"):
+        assert masks[name]["kept"] == 72
+        assert re.search(rf"^ *{name} +72 +5\.21 % +yes ", text, flags=re.MULTILINE)
+    assert masks["fisher"]["build_seconds"] > 0
+    assert "skipped file" in text
+
+
+def test_both_spellings_of_an_option(capsys: Output) -> None:
+    one, other = (
+        printed(["masks", "--model=mlp", "--width=4", "--density=0.5", flag, "3", "--masks=all", "--json"], capsys)
+        for flag in ("--num-classes", "--num_classes")
+    )
+    assert one[0]["numel"] == other[0]["numel"] == 64 * 4 + 4 + 16 + 4 + 12 + 3
+
+
+def test_a_saved_mask_can_be_trained_with(in_folder: Path, capsys: Output) -> None:
+    printed(["masks", "--model=resnet_small", "--width=4", "--masks=random", "--save=m", "--seed=5", "--json"], capsys)
+    mask = Mask.load("m/random.npz")
+    record = printed(["train", *TINY, "--mask=file:path=m/random.npz", "--out=o", "--json"], capsys)
+    (build,) = record["result"]["mask_builds"]
+    assert build["digest"] == mask.digest()
+    assert build["num_kept"] == 72
+
+
+# -- train --------------------------------------------------------------------------------------------------
+
+
+def test_train_prints_the_record_that_it_keeps(in_folder: Path, capsys: Output) -> None:
+    command = ["train", *TINY, "--mask=random", "--rho=0.5", "--out=o", "--seed=3"]
+    record = printed([*command, "--json"], capsys)
+    assert record["config"] == asdict(
+        RunConfig(
+            **{
+                **{"n_train": 100, "n_val": 30, "n_test": 50, "width": 4, "epochs": 1, "batch_size": 32},
+                **{"mask": "random", "rho": 0.5, "seed": 3},
+            }
+        ).resolved()
+    )
+    kept = RunRecord.load(Path("o") / f"{record['run_id']}.json")
+    assert {**asdict(kept), "telemetry": None} == {**record, "telemetry": None}
+    text = printed(command, capsys)
+    result = record["result"]
+    assert "mask random: 72 of 1,382 coordinates" in text
+    assert f"test accuracy {result['test_accuracy']:.4f} of 50 images" in text
+    assert f"{result['lambda_max']['value']:.5g}" in text
+    assert f"loss {result['history'][-1]['loss']:.4f}, ascent" in text
+    assert "||eps|| 0.5000" in text
+    assert "record and checkpoint: o" in text
+
+
+def test_a_diverged_run_is_printed_as_one(in_folder: Path, capsys: Output) -> None:
+    command = ["train", *TINY, "--lr=1e18", "--mask=gradient", "--epochs=3", "--model=vit_small", "--width=16"]
+    record = printed([*command, "--json"], capsys)  # strict JSON: what is not finite is null
+    assert record["result"]["history"][-1]["loss"] is None
+    text = printed(command, capsys)
+    assert "DIVERGED: " in text
+    assert "loss -" in text
+    assert "lambda_max: " in text
+
+
+def test_train_needs_no_validation_images(in_folder: Path, capsys: Output) -> None:
+    text = printed(["train", *TINY, "--n-val=0"], capsys)
+    assert "validation accuracy - of 0 images" in text
+
+
+# -- compare ------------------------------------------------------------------------------------------------
+
+COMPARE = ["compare", *TINY, "--seeds=2", "--tuning-seeds=1", "--images=64", "--sharpness-m=16", "--processes=1"]
+
+
+def test_compare_prints_the_table_that_it_keeps(in_folder: Path, capsys: Output, serial: None) -> None:
+    command = [*COMPARE, "--masks=norm,random", "--rho-grid=0.5,1", "--quiet", "--out=o"]
+    found = printed([*command, "--json"], capsys)
+    assert [line["arm"] for line in found["arms"]] == ["none", "norm", "random"]
+    assert found["folder"] == "o"
+    assert {path.name for path in Path("o").iterdir()} == {
+        *("report.html", "runs", "runs.csv", "study.json", "table.csv", "trials.csv")
+    }
+    assert len(list(Path("o/runs").iterdir())) == 2 * 2 + 3 * 2
+    text = printed(command, capsys)  # reads the records
+    for line in found["arms"]:
+        shown = next(row for row in text.splitlines() if row.startswith(line["arm"]))
+        assert f"{100 * line['test_accuracy']:.1f} [" in shown
+    for note in found["notes"]:
+        assert f"- {note}" in text
+    assert "page: o/report.html" in text
+    assert any(note.startswith("TOO FEW SEEDS") for note in found["notes"])
+
+
+def test_compare_shows_progress_unless_told_not_to(
+    in_folder: Path, capsys: Output, serial: None, no_figures: None
+) -> None:
+    assert main([*COMPARE, "--masks=norm", "--rho-grid=1"]) == 0
+    err = capsys.readouterr().err
+    assert "comparing: 100%" in err
+    assert "choosing rho" not in err  # there is nothing to choose
+
+
+def test_a_configuration_file_with_overrides(
+    in_folder: Path, capsys: Output, serial: None, monkeypatch: pytest.MonkeyPatch, tiny_comparison: Any
+) -> None:
+    asked: list[Any] = []
+
+    def spy(config: CompareConfig, folder: Any, **options: Any) -> Comparison:
+        asked.append((config, options))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("experiments.compare.compare", spy)
+    config = replace(tiny_comparison(), norm_scope="full", density=0.1)
+    Path("c.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(config.settings()))))
+    assert main(["compare", "--config=c.yaml"]) == 130
+    assert asked[-1][0] == config
+    assert main(["compare", "--config", "c.yaml", "--seeds=5", "--masks=all", "--images", "9", "--processes=3"]) == 130
+    changed, options = asked[-1]
+    assert changed == replace(config, seeds=5, arms=tuple(a for a in config.arms if a.name in ("none", "all")))
+    assert (options["measure"].images, options["processes"]) == (9, 3)
+
+
+def test_masks_of_a_plugin_with_options_are_compared(
+    in_folder: Path, capsys: Output, serial: None, no_figures: None
+) -> None:
+    Path("power_masks.py").write_text(PLUGIN.format(name="power_of_w"))
+    masks = "--masks=norm,power_of_w:power=2,power_of_w:power=2:exclude_norm=true"
+    found = printed([*COMPARE, "--plugin=power_masks", masks, "--rho-grid=0.5", "--quiet", "--json"], capsys)
+    arms = {line["arm"]: line for line in found["arms"]}
+    for name in ("power_of_w:power=2", "power_of_w:power=2:exclude_norm=true"):
+        assert (arms[name]["kept"], arms[name]["matched"]) == (72, "yes")
+    assert arms["power_of_w:power=2:exclude_norm=true"]["norm_share"] == 0
+    Path("c.yaml").write_text("plugin: power_masks\narms:\n- {name: squares, mask: 'power_of_w:power=2', rho: [1.0]}\n")
+    found = printed([*COMPARE, "--config=c.yaml", "--quiet", "--json"], capsys)
+    assert [line["arm"] for line in found["arms"]] == ["none", "squares"]
+
+
+def test_a_failing_run_is_exit_code_1_and_one_line(
+    in_folder: Path, capsys: Output, serial: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from experiments import runner
+
+    original: Callable[..., RunRecord] = runner.execute
+
+    def fail(job: Any, device: str) -> RunRecord:
+        if job.arm == "norm":
+            raise ArithmeticError("a\nb")
+        return original(job, device)
+
+    monkeypatch.setattr(runner, "execute", fail)
+    assert main([*COMPARE, "--masks=norm", "--rho-grid=1", "--quiet", "--out=o"]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == (
+        "sam-masks: error: 2 of 4 runs failed, the others are kept; first: norm, rho 1, seed 0: ArithmeticError: a b\n"
+    )
+    assert len(list(Path("o/runs").iterdir())) == 2
+
+
+# -- as a command -------------------------------------------------------------------------------------------
+
+
+def test_the_installed_command(in_folder: Path) -> None:
+    done = subprocess.run([COMMAND, "train", "--model=mlp"], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("sam-masks: error: mask norm: none of the model's 6 trainable tensors")
+    assert list(in_folder.iterdir()) == []
+
+
+class Closed(io.StringIO):
+    """A standard output whose reader has gone."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.file = path.open("w")
+
+    def flush(self) -> None:
+        raise BrokenPipeError
+
+    def fileno(self) -> int:
+        return self.file.fileno()
+
+
+def test_a_reader_who_stops_reading_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output
+) -> None:
+    monkeypatch.setattr(sys, "stdout", Closed(tmp_path / "out"))
+    assert main(["masks"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.slow
+def test_a_closed_pipe_is_no_error(in_folder: Path) -> None:
+    command = f"{sys.executable} -m experiments.cli masks | true; exit ${{PIPESTATUS[0]}}"
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.slow
+def test_an_interrupted_comparison_ends_at_once_without_a_trace_and_goes_on_later(in_folder: Path) -> None:
+    command = [COMMAND, *COMPARE, "--masks=norm", "--rho-grid=1", "--epochs=40", "--out=o", "--quiet"]
+    for wait_for in (Path("o/runs"), "a record"):
+        running = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            if wait_for.exists() if isinstance(wait_for, Path) else any(Path("o/runs").glob("*.json")):
+                break
+            time.sleep(0.05)
+        time.sleep(0.5)
+        os.killpg(running.pid, signal.SIGINT)  # as a terminal does: to the workers, too
+        _, err = running.communicate(timeout=30)
+        assert running.returncode == 130
+        assert err == "sam-masks: interrupted; finished runs are kept, and the same command goes on from there\n"
+    kept = {path: path.stat().st_mtime_ns for path in Path("o/runs").glob("*.json")}
+    assert kept
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept
+    assert len(list(Path("o/runs").glob("*.json"))) == 4

@@ -1,0 +1,359 @@
+"""Comparisons: rho chosen on other seeds and images than are reported, and nothing lost or mixed up."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from experiments import compare as module
+from experiments import runner
+from experiments.compare import Comparison, Trial, check_arms, choose, compare, open_folder, predicted_costs
+from experiments.config import Arm, CompareConfig, RunConfig
+from experiments.data import load_data
+from experiments.measure import MeasureConfig
+from experiments.record import RunRecord
+from experiments.runner import Job, RunFailed, execute
+from masks import load_plugin, mask_info, registry
+from masks.errors import InputError
+
+Make = Callable[..., CompareConfig]
+
+
+def all_records(comparison: Comparison) -> dict[str, RunRecord]:
+    return {path.stem: RunRecord.load(path) for path in (comparison.folder / "runs").iterdir()}
+
+
+def again(comparison: Comparison, **changes: Any) -> Comparison:
+    options = {"measure": comparison.measure, "device": "cpu", "quiet": True, **changes}
+    return compare(comparison.config, options.pop("folder", comparison.folder), **options)
+
+
+# -- choosing rho -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("trials", "chosen"),
+    [
+        ([(0.1, 0.5, 0), (0.2, 0.7, 0), (0.4, 0.6, 0)], 0.2),
+        ([(0.4, 0.7, 0), (0.1, 0.7, 0), (0.2, 0.6, 0)], 0.1),  # a tie: the smallest, in any order
+        ([(0.1, 0.5, 0), (0.2, 0.9, 1), (0.4, 0.6, 0)], 0.4),  # the best diverged
+        ([(0.1, 0.5, 1), (0.2, 0.9, 2), (0.4, 0.4, 1)], 0.1),  # all diverged: those that did least often
+        ([(0.1, 0.5, 2), (0.2, 0.5, 2)], 0.1),
+        ([(3.0, 0.0, 0)], 3.0),
+    ],
+)
+def test_the_best_mean_validation_accuracy_decides(trials: list[tuple[float, float, int]], chosen: float) -> None:
+    others = [Trial("b", 7.0, 1.0, 0, 2)]
+    assert choose([Trial("a", *trial, 2) for trial in trials] + others) == {"a": chosen, "b": 7.0}
+
+
+def test_every_arm_had_as_many_trials_and_the_best_was_chosen(comparison: Comparison) -> None:
+    tuned: dict[tuple[str, float], list[RunRecord]] = {}
+    for record in all_records(comparison).values():
+        if record.config["tuning"]:
+            tuned.setdefault((record.arm, record.config["rho"]), []).append(record)
+    arms = {arm.name: arm for arm in comparison.config.arms}
+    assert set(tuned) == {(name, rho) for name, arm in arms.items() for rho in arm.rho}
+    assert {len(records) for records in tuned.values()} == {2}
+    means = {key: np.mean([r.result["val_accuracy"] for r in records]) for key, records in tuned.items()}
+    diverged = {key: sum(r.result["diverged"] is not None for r in records) for key, records in tuned.items()}
+    assert {(t.arm, t.rho): (t.val_accuracy, t.diverged, t.n) for t in comparison.trials} == {
+        key: (pytest.approx(mean), diverged[key], 2) for key, mean in means.items()
+    }
+    for name, rho in comparison.chosen.items():
+        best = min(arms[name].rho, key=lambda r: (diverged[name, r], -means[name, r], r))
+        assert rho == best, name
+    assert set(comparison.chosen) == {name for name, arm in arms.items() if arm.rho}
+
+
+def test_tuning_and_report_share_neither_seeds_nor_test_images(comparison: Comparison) -> None:
+    records = all_records(comparison).values()
+    tuned, reported = ([r for r in records if r.config["tuning"] is flag] for flag in (True, False))
+    assert {r.config["seed"] for r in tuned} == {10_000, 10_001}
+    assert {r.config["seed"] for r in reported} == {0, 1, 2}
+    assert {r.result["test_images"] for r in tuned} == {0}
+    assert not any("test_accuracy" in r.result for r in tuned)
+    assert {len(r.result["test_correct"]) for r in reported} == {50}
+
+
+# -- what is kept -------------------------------------------------------------------------------------------
+
+
+def test_records_are_complete_and_paired(comparison: Comparison) -> None:
+    config = comparison.config
+    assert list(comparison.records) == [arm.name for arm in config.arms]
+    digest = load_data("digits").digest
+    for arm in config.arms:
+        records = comparison.records[arm.name]
+        assert [r.config["seed"] for r in records] == [0, 1, 2]
+        assert {r.arm for r in records} == {arm.name}
+        assert {r.config["mask"] for r in records} == {arm.mask}
+        assert {r.config["rho"] for r in records} == {comparison.chosen.get(arm.name, 0.0)}
+        for record in records:
+            assert RunRecord.load(comparison.folder / "runs" / f"{record.run_id}.json") == record
+            assert RunConfig(**record.config) == config.run(
+                arm, rho=record.config["rho"], seed=record.config["seed"], tuning=False
+            )
+            result = record.result
+            assert len(result["history"]) == record.config["epochs"] == 2 * arm.epochs_factor
+            assert result["data_digest"] == digest
+            assert result["mask_builds"][0]["digest"]
+            assert {"torch", "numpy", "python", "sam_masks", "device"} <= set(record.environment)
+            assert (result["train_images"], result["val_images"], result["test_images"]) == (100, 30, 50)
+            assert {"test_accuracy", "test_index", "lambda_max", "m_sharpness"} <= set(result)
+        # The same images are tested in every arm of a seed, others in another seed.
+        indices = [r.result["test_index"] for r in records]
+        assert indices == [r.result["test_index"] for r in comparison.records["none"]]
+        assert indices[0] != indices[1]
+    study = json.loads((comparison.folder / "study.json").read_text())
+    assert study["measure"] == asdict(comparison.measure)
+    assert len(all_records(comparison)) == 5 * 2 * 2 + 7 * 3
+
+
+def test_budgeted_masks_kept_exactly_the_norm_masks_count(comparison: Comparison) -> None:
+    kept = {
+        name: {build["num_kept"] for r in records for build in r.result["mask_builds"]}
+        for name, records in comparison.records.items()
+    }
+    assert kept["random"] == kept["fisher"] == kept["norm"]
+    assert len(kept["norm"]) == 1
+    assert kept["none"] == kept["none_2x"] == {0}
+    digests = [r.result["mask_builds"][0]["digest"] for r in comparison.records["random"]]
+    assert len(set(digests)) == 3
+
+
+def test_a_worker_process_gives_bitwise_what_this_process_gives(comparison: Comparison) -> None:
+    for arm in ("norm", "fisher"):
+        record = comparison.records[arm][1]
+        here = execute(Job(record.run_id, arm, RunConfig(**record.config), comparison.measure), "cpu")
+        assert here.result == record.result
+        assert here.config == record.config
+        assert here.environment == record.environment  # the number of threads, too
+
+
+def test_a_second_call_makes_no_run_and_finds_the_same(
+    comparison: Comparison, serial: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(job: Job, device: str) -> RunRecord:
+        raise AssertionError("a run was made again")
+
+    monkeypatch.setattr(runner, "execute", refuse)
+    before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in comparison.folder.rglob("*.json")}
+    assert again(comparison) == comparison
+    assert before == {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in comparison.folder.rglob("*.json")}
+
+
+def test_a_lost_record_is_made_again_bit_for_bit(comparison: Comparison, serial: None) -> None:
+    lost = comparison.records["random"][1]
+    path = comparison.folder / "runs" / f"{lost.run_id}.json"
+    text = path.read_text()
+    path.unlink()
+    try:
+        restored = again(comparison).records["random"][1]
+        assert (restored.config, restored.result) == (lost.config, lost.result)
+        old, new = json.loads(text), json.loads(path.read_text())
+        assert {key: old[key] for key in ("schema", "run_id", "arm", "config", "result", "environment")} == {
+            key: value for key, value in new.items() if key != "telemetry"
+        }
+    finally:
+        path.write_text(text)
+
+
+# -- folders ------------------------------------------------------------------------------------------------
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_a_folder_of_another_comparison_is_refused_and_left_as_it_is(comparison: Comparison, serial: None) -> None:
+    before = tree(comparison.folder)
+    for config, measure in (
+        (replace(comparison.config, seeds=4), comparison.measure),
+        (comparison.config, MeasureConfig(images=65, sharpness_m=16)),
+    ):
+        with pytest.raises(InputError, match=r"holds the results of another comparison.*choose another folder"):
+            compare(config, comparison.folder, measure=measure, device="cpu", quiet=True)
+    assert tree(comparison.folder) == before
+
+
+FOREIGN: dict[str, Callable[[Path], object]] = {
+    "holds no comparison": lambda folder: (folder / "thesis.txt").write_text("my only copy"),
+    "holds the results of another comparison": lambda folder: (folder / "study.json").write_text("{}"),
+    "cannot use": lambda folder: (folder / "study.json").write_text("[]"),
+    "for results": lambda folder: (folder / "study.json").write_text("not JSON"),
+}
+
+
+@pytest.mark.parametrize("message", FOREIGN)
+def test_a_folder_of_other_files_is_refused_and_left_as_it_is(
+    tiny_comparison: Make, tmp_path: Path, message: str, serial: None
+) -> None:
+    FOREIGN[message](tmp_path)
+    before = tree(tmp_path)
+    with pytest.raises(InputError, match=message):
+        compare(tiny_comparison(), tmp_path, device="cpu", quiet=True)
+    assert tree(tmp_path) == before
+
+
+def test_a_file_in_the_place_of_the_folder(tiny_comparison: Make, tmp_path: Path, measured: MeasureConfig) -> None:
+    (tmp_path / "file").write_text("mine")
+    for folder in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(InputError, match=r"cannot use .*file.* for results"):
+            open_folder(folder, tiny_comparison(), measured, "id")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_the_default_folder_is_named_after_the_comparison(
+    tiny_comparison: Make, in_folder: Path, serial: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "execute", fake_run)
+    small = {"arms": (Arm("none", "none"), Arm("norm", "norm", (0.1,))), "seeds": 2}
+    one, same, other = (
+        compare(tiny_comparison(**small, **more), device="cpu", quiet=True).folder for more in ({}, {}, {"lr": 0.2})
+    )
+    assert one == same
+    assert one.parent == other.parent == Path("results")
+    assert one != other
+    study = json.loads((one / "study.json").read_text())
+    assert one.name == f"compare-{study['study_id'][:8]}"
+    assert len(list((one / "runs").iterdir())) == 4
+
+
+def fake_run(job: Job, device: str) -> RunRecord:
+    result = {"val_accuracy": 0.5, "diverged": None, "mask_builds": [], "history": []}
+    return RunRecord(job.run_id, job.arm, asdict(job.config), result, {}, {})
+
+
+# -- what cannot be had -------------------------------------------------------------------------------------
+
+BAD: dict[str, dict[str, Any]] = {
+    "arm norm: mask norm: none of the model's 6 trainable tensors": {"model": "mlp", "masks": "norm"},
+    "arm random: mask norm: none of the model's 6 trainable tensors": {"model": "mlp", "masks": "all,random"},
+    "arm random: density 1e-09 of .* is out of reach": {"density": 1e-9, "masks": "random"},
+    "arm random_depth: cannot keep": {"density": 1.0, "masks": "random_depth"},
+    "arm norm@after=2: mask norm@after=2 would never be built": {"masks": "norm@after=2"},
+    "n_train = 5000 and n_val = 30, but a tuning split": {"n_train": 5000},
+    "needs validation images": {"n_val": 0},
+    "n_test = 1200": {"n_test": 1200},
+    "label_noise must be from 0 to 1": {"label_noise": 1.5},
+    "unknown model 'restnet'": {"model": "restnet"},
+    "unknown data set 'digtis'": {"data": "digtis"},
+    "match must name a mask of natural size": {"match": "random"},
+    "mask file needs its option path": {"masks": "file"},
+    "cannot read mask file": {"masks": "file:path=nowhere.npz"},
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_what_cannot_be_had_is_refused_before_any_run_and_leaves_nothing(
+    tiny_comparison: Make, in_folder: Path, message: str, serial: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "execute", lambda *_: pytest.fail("a run was started"))
+    changes = dict(BAD[message])
+    if "masks" in changes:
+        changes["rho_grid"] = "0.1,0.2"
+    with pytest.raises(InputError, match=message):
+        compare(tiny_comparison(**changes), Path("out"), device="cpu", quiet=True)
+    assert list(in_folder.iterdir()) == []
+
+
+def test_no_validation_images_are_needed_where_nothing_is_tuned(tiny_comparison: Make) -> None:
+    check_arms(tiny_comparison(n_val=0, rho_grid="0.1"))
+
+
+def test_bad_input_that_only_a_run_finds_leaves_the_folder_free(
+    tiny_comparison: Make, in_folder: Path, serial: None
+) -> None:
+    with pytest.raises(InputError, match=r"arm fisher: cannot keep .* are eligible"):
+        compare(tiny_comparison(density=0.99, masks="fisher"), Path("out"), device="cpu", quiet=True)
+    assert list(in_folder.iterdir()) == []
+
+
+def test_a_failing_run_keeps_the_others_and_is_made_by_the_next_call(
+    tiny_comparison: Make, tmp_path: Path, serial: None, measured: MeasureConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_comparison(arms=(Arm("none", "none"), Arm("norm", "norm", (0.1,))), seeds=2)
+    made: list[Job] = []
+
+    def sometimes(job: Job, device: str) -> RunRecord:
+        made.append(job)
+        if fail and job.arm == "norm" and job.config.seed == 1:
+            raise RuntimeError("out of luck")
+        return execute(job, device)
+
+    monkeypatch.setattr(runner, "execute", sometimes)
+    fail = True
+    with pytest.raises(RunFailed, match=r"1 of 4 runs failed.*norm, rho 0.1, seed 1: RuntimeError: out of luck"):
+        compare(config, tmp_path / "out", measure=measured, device="cpu", quiet=True)
+    assert len(list((tmp_path / "out" / "runs").iterdir())) == 3
+    fail = False
+    made.clear()
+    done = compare(config, tmp_path / "out", measure=measured, device="cpu", quiet=True)
+    assert [(job.arm, job.config.seed) for job in made] == [("norm", 1)]
+    assert done.chosen == {"norm": 0.1}
+    assert done.trials == ()
+    assert [len(records) for records in done.records.values()] == [2, 2]
+
+
+def test_a_damaged_record_is_named(
+    tiny_comparison: Make, tmp_path: Path, serial: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "execute", fake_run)
+    config = tiny_comparison(arms=(Arm("none", "none"), Arm("norm", "norm", (0.1,))), seeds=1)
+    done = compare(config, tmp_path / "out", device="cpu", quiet=True)
+    path = tmp_path / "out" / "runs" / f"{done.records['norm'][0].run_id}.json"
+    path.write_text(path.read_text()[:50])
+    with pytest.raises(InputError, match=rf"{path.name} is not the record of a run"):
+        compare(config, tmp_path / "out", device="cpu", quiet=True)
+    assert path.exists()
+
+
+PLUGIN = """from masks import register_score
+
+@register_score("reloaded", summary="s", source="test")
+def score(context):
+    return [{} * p.abs() for p in context.parameters()]
+"""
+
+
+def test_records_of_an_older_plugin_are_not_taken_for_those_of_a_newer_one(
+    tiny_comparison: Make, in_folder: Path, serial: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "execute", fake_run)
+    mask_info("norm")
+    for factor in ("1", "-1"):
+        monkeypatch.setattr(registry, "_registry", dict(registry._registry))
+        registry._registry.pop("reloaded", None)
+        sys.modules.pop("reloaded_masks", None)
+        (in_folder / "reloaded_masks.py").write_text(PLUGIN.format(factor))
+        load_plugin("reloaded_masks")
+        config = tiny_comparison(masks="reloaded", rho_grid="0.1")
+        if factor == "1":
+            compare(config, in_folder / "out", device="cpu", quiet=True)
+        else:
+            with pytest.raises(InputError, match="another comparison"):
+                compare(config, in_folder / "out", device="cpu", quiet=True)
+
+
+def test_predicted_costs_are_of_what_the_masks_touch(comparison: Comparison) -> None:
+    costs = predicted_costs(comparison)
+    assert costs["none"] == costs["none_2x"] == 1.0
+    assert costs["all"] == costs["no_norm"] == 2.0
+    assert costs["norm"] is not None
+    assert 1.5 < costs["norm"] < 1.9
+    full = replace(comparison, config=replace(comparison.config, norm_scope="full"))
+    assert predicted_costs(full)["norm"] == 2.0
+
+
+def test_long_runs_start_first(comparison: Comparison) -> None:
+    plan = module._Plan(comparison.config, comparison.measure, {})
+    cost = {arm.name: plan.report(arm, 0.1)[0].cost for arm in comparison.config.arms}
+    assert cost["none"] < cost["none_2x"] == cost["all"] == cost["norm"] < cost["fisher"]
