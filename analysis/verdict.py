@@ -170,7 +170,7 @@ def decide(
     | 5 | test 2 contradicts itself: an interaction not 0, or far from the interpolation | not identified |
     | 6 | in every split indirect above 0 and direct above 0; and evidence of flatness (*) | partly |
     | 7 | in every split share above 1/2; test 2's direct within +-margin; and evidence of flatness (*) | explained |
-    | 8 | in every split share below 1/2; test 2's direct above 0 | not explained |
+    | 8 | in every split share below 1/2; test 2's direct above 0 and its indirect below the margin | not explained |
     | 9 | else | not identified |
 
     The splits of the gain are test 2's (corrected by "sweep" and by "retest") and test 3's. (*) flattening above 0; a
@@ -217,10 +217,11 @@ def decide(
             "in every split more than half of the gain goes through sharpness, and at equal sharpness the arms differ "
             f"by less than {margin:g} points",
         )
-    if all(share.high < 0.5 for share in known) and all(fit.direct.low > 0 for fit in fits):
+    unmoved = all(fit.direct.low > 0 and fit.indirect.high < margin for fit in fits)
+    if all(share.high < 0.5 for share in known) and unmoved:
         return "not explained", (
-            "in every split less than half of the gain goes through sharpness, and at equal sharpness the arm is "
-            "still better",
+            "in every split less than half of the gain goes through sharpness, along the sweep less than "
+            f"{margin:g} points, and at equal sharpness the arm is still better",
         )
     return "not identified", (*_disagreement(known[:-1], known[-1]), *missing)
 

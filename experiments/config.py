@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
+
+import joblib
 
 from masks.errors import InputError, unknown_name
 from masks.spec import MaskSpec
@@ -34,9 +35,10 @@ class RunConfig:
 
     Args:
         data: digits, a torchvision image set by name (cifar10, fashion_mnist, ...), folder:DIR or npz:FILE.
-        n_train: number of training images (default: 400 for digits, else all that are left).
-        n_val: number of validation images (default: 300 for digits, else a fifth).
-        n_test: number of test images (default: a third of digits, else the whole test split).
+        n_train: number of training images (default: 400 for digits, else what n_val leaves of the images that
+            rho may be chosen on: the training split, or 40 % of a data set without a test split of its own).
+        n_val: number of validation images (default: 300 for digits, else a fifth of those images).
+        n_test: number of test images (default: the whole test split, or a third of a data set without one).
         label_noise: share of training labels redrawn at random (default: 0.2 for digits, else 0).
         model: resnet_small, vit_small, mlp, torchvision:NAME or module:function of your own.
         width: width of a built-in model (default: its own).
@@ -194,7 +196,8 @@ class CompareConfig(RunConfig):
 
     Args:
         arms: the arms, for configuration files; the arm called "none" is the baseline.
-        masks: choose arms on the command line, separated by commas: names of arms, or masks as in a run.
+        masks: choose arms on the command line, separated by commas: names of arms (of the default ones, magnitude
+            and fisher keep no normalization weights), or masks as in a run.
         rho_grid: radii to choose from in every arm, separated by commas (default: those of the arm; 0.5,1,2,4
             for masks named in `masks` that are not arms).
         seeds: number of seeds of the report.
@@ -280,6 +283,6 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def physical_workers() -> int:
-    """How many processes may run at once on this machine."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def default_processes() -> int:
+    """How many processes may run at once: the cores that this process may use, a container's quota included."""
+    return int(joblib.cpu_count())

@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import signal
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -21,7 +20,7 @@ from tqdm import tqdm
 from experiments.config import RunConfig
 from experiments.measure import MeasureConfig, measure
 from experiments.record import RunRecord, environment
-from experiments.train import pick_device, result_of, train_run
+from experiments.train import Trained, clock_of, pick_device, result_of, train_run
 from masks import load_plugin
 from masks.errors import InputError
 
@@ -54,20 +53,26 @@ class RunFailed(RuntimeError):
 def execute(job: Job, device_name: str) -> RunRecord:
     """Do one run here, in this process."""
     device = pick_device(device_name)
-    trained = train_run(job.config, device)
-    result = result_of(trained)
-    start = time.process_time()
-    if job.measure is not None:
-        result |= measure(trained, job.measure, device)
+    return record_of(train_run(job.config, device), job.run_id, job.arm, job.measure, device)
+
+
+def record_of(
+    trained: Trained, run_id: str, arm: str, measure_config: MeasureConfig | None, device: torch.device
+) -> RunRecord:
+    """Measure a trained model, unless it is a tuning run (None), and write down all that is known of the run."""
+    clock = clock_of(device)
+    start = clock()
+    measured = {} if measure_config is None else measure(trained, measure_config, device)
     return RunRecord(
-        run_id=job.run_id,
-        arm=job.arm,
+        run_id=run_id,
+        arm=arm,
         config=asdict(trained.config),
-        result=result,
+        result=result_of(trained) | measured,
         telemetry={
-            "train_cpu_seconds": trained.train_seconds,
-            "mask_cpu_seconds": trained.mask_seconds,
-            "measure_cpu_seconds": time.process_time() - start,
+            "clock": "time on the wall" if device.type == "cuda" else "processor time",
+            "train_seconds": trained.train_seconds,
+            "mask_seconds": trained.mask_seconds,
+            "measure_seconds": clock() - start,
         },
         environment=environment(device),
     )

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-import time
-from dataclasses import asdict
 from pathlib import Path
 
 from experiments.checkpoint import read_weights, save_checkpoint
 from experiments.config import RunConfig
-from experiments.measure import MeasureConfig, measure
-from experiments.record import RunRecord, content_digests, environment, file_digest
-from experiments.train import initial_model, load_cached, pick_device, result_of, train_run
+from experiments.measure import MeasureConfig
+from experiments.record import RunRecord, content_digests, file_digest
+from experiments.runner import record_of
+from experiments.train import initial_model, load_cached, pick_device, train_run
 from masks.errors import InputError
 
 CHECKPOINT = "checkpoint.pt"
@@ -44,20 +43,8 @@ def train_one(
     folder = folder or Path("results") / f"train-{run_id[:8]}"
     _check_folder(folder, run_id)
     trained = train_run(config, where, initial=weights)
-    start = time.process_time()
-    result = result_of(trained) | measure(trained, MeasureConfig(), where) | {"init_digest": content.get("init")}
-    record = RunRecord(
-        run_id=run_id,
-        arm=config.mask,
-        config=asdict(config),
-        result=result,
-        telemetry={
-            "train_cpu_seconds": trained.train_seconds,
-            "mask_cpu_seconds": trained.mask_seconds,
-            "measure_cpu_seconds": time.process_time() - start,
-        },
-        environment=environment(where),
-    )
+    record = record_of(trained, run_id, config.mask, MeasureConfig(), where)
+    record.result["init_digest"] = content.get("init")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         trained.mask.save(folder / "mask.npz")

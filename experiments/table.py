@@ -131,7 +131,7 @@ def build_table(comparison: Comparison) -> Table:
 
 
 def _seconds(record: RunRecord) -> float:
-    return float(record.telemetry["train_cpu_seconds"])
+    return float(record.telemetry["train_seconds"])
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -261,6 +261,7 @@ def _notes(comparison: Comparison, rows: Sequence[Row]) -> list[str]:
     main = [a for a in config.arms if a.role == "main" and a.name != BASELINE]
     control = [a for a in config.arms if a.role == "control" and a.name != BASELINE]
     shared = sizes["test_is_shared"]
+    clock = comparison.records[BASELINE][0].telemetry["clock"]
     notes = [
         f"n = {config.seeds} seeds per arm (from {config.report_seeds().start} on), paired: same "
         "initial weights, data order, split and label noise in every arm.",
@@ -283,7 +284,7 @@ def _notes(comparison: Comparison, rows: Sequence[Row]) -> list[str]:
         )
         + "; the intervals are not adjusted.",
         "Radius ||eps||_2 and ascent strength L(w+eps) - L(w): means over all steps of training.",
-        "Cost: processor time of training relative to none, median over seeds, mask building included (predicted: "
+        f"Cost: {clock} of training relative to none, median over seeds, mask building included (predicted: "
         "from counted operations, mask building and elementwise work not included).",
         "lambda_max and m-sharpness, on training images with the labels trained on: mean, 95 % t interval over seeds.",
         f"lambda_max: {rows[0].lambda_max.name}.",
@@ -322,7 +323,8 @@ def _tuning_note(comparison: Comparison) -> str:
     config = comparison.config
     tuned = [a for a in config.arms if len(a.rho) > 1]
     if not tuned:
-        return "Nothing was tuned."
+        given = ", ".join(f"{arm} {rho:g}" for arm, rho in comparison.chosen.items())
+        return f"Nothing was tuned here; rho was given: {given}."
     fixed = [a.name for a in config.arms if len(a.rho) <= 1]
     seeds = f"{config.tuning_seeds} seed{'s' if config.tuning_seeds > 1 else ''}"
     trials = f"{len(tuned[0].rho)} radii x {seeds}"

@@ -381,6 +381,7 @@ def build_mask(
             raise MaskError(f"the budget counts {budget.numel} coordinates, the model has {context.table.numel}")
     if info.needs_data and not context.batches:
         raise MaskError(f"mask {name} is scored on data, and none was given")
+    state = model_digest(context.model)
     mask = info.build(context, budget, **resolved)
     if not isinstance(mask, Mask):
         raise BuilderError(f"the builder of mask {name} ({info.origin}) returned {type(mask).__name__}, not a Mask")
@@ -397,7 +398,7 @@ def build_mask(
         builder=name,
         options=resolved,
         seed=context.seed,
-        model_digest=model_digest(context.model),
+        model_digest=state,
         built_at=context.built_at,
         kind=info.kind,
     )

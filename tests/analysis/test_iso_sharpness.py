@@ -100,10 +100,10 @@ def test_errors_of_measurement_manufacture_an_effect_of_the_mask_and_the_correct
     design = StudyDesign(mechanism="full", seeds=200, reliability=0.6, gain=1.5)
     runs = study(design, 0)
     got = iso_sharpness(runs)
-    assert naive_ancova(runs).low > 0.2
+    assert naive_ancova(runs).low > 0.5
     for fit in (got.sweep, got.retest):
-        assert abs(fit.direct.value) < 0.1
-        assert fit.slope.value == pytest.approx(3.0, abs=0.2)
+        assert abs(fit.direct.value) < 0.2
+        assert fit.slope.value == pytest.approx(3.0, abs=0.3)
 
 
 def test_common_causes_within_a_cell_do_not_disturb_the_sweep():

@@ -609,3 +609,14 @@ def test_an_interrupted_comparison_ends_at_once_without_a_trace_and_goes_on_late
     assert done.returncode == 0, done.stderr
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert len(list(Path("o/runs").glob("*.json"))) == 4
+
+
+@pytest.mark.parametrize("order", ["file first", "file last"])
+def test_an_option_overrides_the_configuration_file_wherever_it_stands(order: str, tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("momentum: 0.5\n")
+    words = ["--config", str(file)], ["--momentum", "0.7"]
+    arguments = sum(words if order == "file first" else words[::-1], [])
+    tiny = ["--masks", "norm", "--rho_grid", "1", "--epochs", "1", "--seeds", "1", "--width", "4", "--quiet"]
+    assert main(["compare", *tiny, "--out", str(tmp_path / "out"), *arguments]) == 0
+    assert json.loads((tmp_path / "out" / "study.json").read_text())["config"]["momentum"] == 0.7

@@ -98,7 +98,7 @@ def test_gains_are_paired_and_p_values_adjusted_per_family(comparison: Compariso
 
 
 def test_cost_is_the_median_ratio_of_processor_seconds(comparison: Comparison, rows: dict[str, Row]) -> None:
-    seconds = {name: [r.telemetry["train_cpu_seconds"] for r in rs] for name, rs in comparison.records.items()}
+    seconds = {name: [r.telemetry["train_seconds"] for r in rs] for name, rs in comparison.records.items()}
     for name, row in rows.items():
         ratios = sorted(a / b for a, b in zip(seconds[name], seconds["none"], strict=True))
         assert row.cost == ratios[1]
@@ -166,7 +166,7 @@ def record(arm: Arm, seed: int, accuracy: float = 0.5, **changes: Any) -> RunRec
         **{"test_is_shared": False, "train_images": 10, "val_images": 5, "test_images": 40},
         **{"lambda_max": metric, "m_sharpness": {"name": "other", "value": 0.1}},
     }
-    telemetry = {"train_cpu_seconds": 2.0, **changes.pop("telemetry", {})}
+    telemetry = {"train_seconds": 2.0, "clock": "processor time", **changes.pop("telemetry", {})}
     environment = {"torch": "2", **changes.pop("environment", {})}
     builds = changes.pop("builds", None)
     if builds is not None:
@@ -249,7 +249,7 @@ def test_a_radius_at_the_edge_of_its_grid(made: Made, rho: float, edge: bool) ->
 def test_a_grid_of_one_has_no_edge(made: Made) -> None:
     comparison = made(arms=(Arm("none", "none"), Arm("norm", "norm", (0.1,))))
     assert warnings(comparison) == []
-    assert "Nothing was tuned." in build_table(comparison).notes
+    assert "Nothing was tuned here; rho was given: norm 0.1." in build_table(comparison).notes
 
 
 def test_diverged_runs_are_counted_marked_and_kept_in_every_mean(made: Made) -> None:

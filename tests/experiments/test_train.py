@@ -523,10 +523,16 @@ def test_a_healthy_run_is_not_called_diverged(tiny: Tiny) -> None:
     assert trained.history[-1].loss < trained.history[0].loss
 
 
-def test_a_run_no_better_than_guessing_is_called_diverged(tiny: Tiny) -> None:
-    trained = train_run(tiny(mask="none", lr=0.0), CPU)
-    assert trained.diverged is not None
-    assert "no better than guessing (2.3)" in trained.diverged
+def test_a_run_that_ends_above_its_start_is_called_diverged(tiny: Tiny) -> None:
+    trained = train_run(tiny(mask="none", epochs=2), CPU)
+    first, last = trained.history
+    for losses, diverged in (((2.4, 2.5), True), ((2.4, 2.35), False), ((1.0, 2.2), False), ((2.2, 2.31), True)):
+        history = (replace(first, loss=losses[0]), replace(last, loss=losses[1]))
+        assert (replace(trained, history=history).diverged is not None) == diverged, losses
+
+
+def test_a_run_that_has_not_learned_is_not_called_diverged(tiny: Tiny) -> None:
+    assert train_run(tiny(mask="none", lr=0.0, epochs=1), CPU).diverged is None
 
 
 @pytest.mark.parametrize("mask", ["none", "norm", "random", *SCORED])
