@@ -73,7 +73,7 @@ class RunConfig:
     lr: float = 0.05
     momentum: float = 0.9
     weight_decay: float = 5e-4
-    epochs: int = 20
+    epochs: int = 15
     batch_size: int = 64
     mask: str = "norm"
     match: str = "norm"
@@ -182,9 +182,9 @@ DEFAULT_ARMS = (
     Arm("no_norm", "no_norm", DENSE_RHO, role="control"),
     Arm("norm", "norm", SPARSE_RHO),
     Arm("random", "random", (0.5, 1.0, 2.0, 4.0)),
-    Arm("random_depth", "random_depth", SPARSE_RHO),
+    Arm("random_depth", "random_depth", (0.125, 0.25, 0.5, 1.0)),
     Arm("magnitude", "magnitude:exclude_norm=true", SPARSE_RHO),
-    Arm("fisher", "fisher:exclude_norm=true", DENSE_RHO),
+    Arm("fisher", "fisher:exclude_norm=true", (0.1, 0.2, 0.4, 0.8)),
 )
 
 

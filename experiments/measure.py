@@ -25,7 +25,7 @@ class MeasureConfig:
         sharpness_rho: its radius, l2 over all parameters, the same for every arm.
     """
 
-    images: int = 512
+    images: int = 256
     sharpness_m: int = 64
     sharpness_rho: float = 0.1
 

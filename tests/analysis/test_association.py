@@ -108,13 +108,13 @@ def test_simpsons_paradox_is_seen():
 
 def test_permutation_p_by_enumeration():
     rng = np.random.default_rng(0)
-    x, y, strata = rng.normal(size=8), rng.normal(size=8), np.repeat([0, 1], 4)
-    tau = lambda a: np.mean([scipy_stats.kendalltau(a[strata == s], y[strata == s])[0] for s in (0, 1)])  # noqa: E731
-    observed, hits = abs(tau(x)), 0
+    whole, strata = np.zeros(8, dtype=int), np.repeat([0, 1], 4)
+    x, y = rng.normal(size=8) + 1.5 * strata, rng.normal(size=8) + 1.5 * strata  # strata that differ in both
+    observed, hits = abs(scipy_stats.kendalltau(x, y)[0]), 0
     for first in itertools.permutations(range(4)):
         for second in itertools.permutations(range(4, 8)):
-            hits += abs(tau(x[[*first, *second]])) >= observed - 1e-9
-    got = association._permutation_p(x, y, strata, strata, 4999, np.random.default_rng(1))
+            hits += abs(scipy_stats.kendalltau(x[[*first, *second]], y)[0]) >= observed - 1e-9
+    got = association._permutation_p(x, y, whole, strata, 4999, np.random.default_rng(1))
     assert got == pytest.approx(hits / 576, abs=0.03)
 
 
@@ -168,4 +168,6 @@ def test_secondary_metrics_are_adjusted_and_problems_named():
     for key in ("p_flattening", "p_indirect", "p_direct"):
         assert [getattr(g, key) for g in got] == pytest.approx(holm([getattr(a, key) for a in alone]))
     assert got[0].p_flattening == pytest.approx(3 * alone[0].p_flattening)
+    assert "not decided" in got[1].problem
+    assert got[1].p_indirect == 1.0
     assert secondary_metrics(frame, [], arm="arm1", reference="arm0", chosen=design.chosen) == ()

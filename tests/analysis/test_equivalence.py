@@ -85,6 +85,10 @@ def test_interval_by_hand():
     # n = 6: 64 patterns, 0.025 * 64 = 1.6, so the extreme set means: the least and the greatest value.
     got = sign_flip_interval([1.0, 2.0, 3.0, 4.0, 5.0, 9.0], name="gain")
     assert (got.name, got.value, got.low, got.high, got.n) == ("gain", 4.0, 1.0, 9.0, 6)
+    # p of a zero mean is 4 / 64 = 0.0625, so that 0 is inside at 1 - 0.061 and outside at 1 - 0.063.
+    assert sign_flip_p([-1.0, 2.0, 3.0, 4.0, 5.0, 9.0]) == 0.0625
+    assert sign_flip_interval([-1.0, 2.0, 3.0, 4.0, 5.0, 9.0], confidence=0.939).low == -1.0
+    assert sign_flip_interval([-1.0, 2.0, 3.0, 4.0, 5.0, 9.0], confidence=0.937).low == 0.5
     few = sign_flip_interval([1.0, 2.0, 3.0, 4.0, 5.0])
     assert (few.low, few.high) == (-math.inf, math.inf)
 
@@ -168,10 +172,12 @@ def test_tost_is_two_t_tests():
     assert got.not_worse
 
 
-def test_sign_flip_tost_by_enumeration():
-    x = [Fraction(v, 700) for v in (3, -1, 0, 2, -2, 1, 1, 0)]
+@pytest.mark.parametrize("seed", range(12))
+def test_sign_flip_tost_by_enumeration(seed):
+    rng = np.random.default_rng(seed)  # sets whose mean is the margin, up to rounding, must count as ties
+    x = [Fraction(int(v), 700) for v in rng.integers(-4, 5, 7)]
     got = equivalence(np.array(x, dtype=float), margin=2 / 700)
-    ones = [Fraction(1)] * 8
+    ones = [Fraction(1)] * 7
     low, high = brute_p(x, ones, Fraction(-2, 700), 1), brute_p(x, ones, Fraction(2, 700), -1)
     assert (got.p_not_worse, got.p_equivalent) == (pytest.approx(float(low)), pytest.approx(float(max(low, high))))
 

@@ -50,8 +50,8 @@ def test_noise_free_coefficients_are_found_exactly():
         assert fit.slope.value == pytest.approx(1.3)
         assert fit.interaction.value == pytest.approx(0.25)
         assert (fit.direct.low, fit.direct.high) == (pytest.approx(0.7), pytest.approx(0.7))
-        assert fit.indirect.value == pytest.approx(total - 0.7)
-        assert fit.share.value == pytest.approx(1 - 0.7 / total)
+        for part, truth in ((fit.indirect, total - 0.7), (fit.share, 1 - 0.7 / total)):
+            assert (part.low, part.value, part.high) == pytest.approx((truth, truth, truth))
     assert got.interpolated.value == pytest.approx(0.7, abs=0.02)  # chords of a parabola
 
 

@@ -61,7 +61,8 @@ def test_noise_free_coefficients_are_found_exactly():
     assert got.slope.value == pytest.approx(1.2)
     assert (got.slope.low, got.slope.high) == (pytest.approx(1.2), pytest.approx(1.2))
     assert got.slope_difference.value == pytest.approx(0, abs=1e-9)
-    assert got.indirect.value == pytest.approx(1.2 * (x[:, 3] - x[:, 0]).mean())
+    assert got.indirect.value == pytest.approx(1.2 * got.flattening.value)
+    assert got.indirect.high - got.indirect.low > 0.99 * 1.2 * (got.flattening.high - got.flattening.low) > 0
 
 
 def test_effects_of_seeds_and_cells_do_not_matter():
@@ -77,6 +78,11 @@ def test_rho_acting_by_another_way_does_not_disturb_it():
     got = mediation(study(design, 0))
     assert got.total.value == pytest.approx(0.6, abs=0.06)
     assert got.indirect.value == pytest.approx(0, abs=0.06)
+
+
+def test_a_common_cause_of_the_runs_looks_like_the_full_mechanism():
+    got = mediation(study(StudyDesign(mechanism="confounded_runs", seeds=200, reliability=1.0, scope="cell"), 0))
+    assert got.slope.value == pytest.approx(1.2, abs=0.1)
 
 
 def test_errors_of_measurement_attenuate_and_are_corrected():

@@ -490,16 +490,22 @@ def test_compare_shows_progress_unless_told_not_to(
     assert "choosing rho" not in err  # there is nothing to choose
 
 
-def test_a_configuration_file_with_overrides(
-    in_folder: Path, capsys: Output, serial: None, monkeypatch: pytest.MonkeyPatch, tiny_comparison: Any
-) -> None:
-    asked: list[Any] = []
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[CompareConfig, dict[str, Any]]]:
+    """What comparisons are asked for; none is made."""
+    calls: list[tuple[CompareConfig, dict[str, Any]]] = []
 
     def spy(config: CompareConfig, folder: Any, **options: Any) -> Comparison:
-        asked.append((config, options))
+        calls.append((config, options))
         raise KeyboardInterrupt
 
     monkeypatch.setattr("experiments.compare.compare", spy)
+    return calls
+
+
+def test_a_configuration_file_asks_for_what_it_says(
+    in_folder: Path, asked: list[tuple[CompareConfig, dict[str, Any]]], tiny_comparison: Any
+) -> None:
     config = replace(tiny_comparison(), norm_scope="full", density=0.1)
     Path("c.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(config.settings()))))
     assert main(["compare", "--config=c.yaml"]) == 130
@@ -508,6 +514,17 @@ def test_a_configuration_file_with_overrides(
     changed, options = asked[-1]
     assert changed == replace(config, seeds=5, arms=tuple(a for a in config.arms if a.name in ("none", "all")))
     assert (options["measure"].images, options["processes"]) == (9, 3)
+
+
+@pytest.mark.parametrize("words", [["--config", "c.yaml"], ["--config=c.yaml"]])
+def test_an_option_overrides_the_configuration_file_wherever_it_stands(
+    words: list[str], in_folder: Path, asked: list[tuple[CompareConfig, dict[str, Any]]]
+) -> None:
+    Path("c.yaml").write_text("momentum: 0.5\nlr: 0.3\n")
+    option = ["--momentum", "0.7"]
+    for order in (words + option, option + words):
+        assert main(["compare", *order]) == 130
+        assert (asked[-1][0].momentum, asked[-1][0].lr) == (0.7, 0.3)
 
 
 def test_masks_of_a_plugin_with_options_are_compared(
@@ -609,14 +626,3 @@ def test_an_interrupted_comparison_ends_at_once_without_a_trace_and_goes_on_late
     assert done.returncode == 0, done.stderr
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert len(list(Path("o/runs").glob("*.json"))) == 4
-
-
-@pytest.mark.parametrize("order", ["file first", "file last"])
-def test_an_option_overrides_the_configuration_file_wherever_it_stands(order: str, tmp_path: Path) -> None:
-    file = tmp_path / "c.yaml"
-    file.write_text("momentum: 0.5\n")
-    words = ["--config", str(file)], ["--momentum", "0.7"]
-    arguments = sum(words if order == "file first" else words[::-1], [])
-    tiny = ["--masks", "norm", "--rho_grid", "1", "--epochs", "1", "--seeds", "1", "--width", "4", "--quiet"]
-    assert main(["compare", *tiny, "--out", str(tmp_path / "out"), *arguments]) == 0
-    assert json.loads((tmp_path / "out" / "study.json").read_text())["config"]["momentum"] == 0.7

@@ -357,3 +357,15 @@ def test_long_runs_start_first(comparison: Comparison) -> None:
     plan = module._Plan(comparison.config, comparison.measure, {})
     cost = {arm.name: plan.report(arm, 0.1)[0].cost for arm in comparison.config.arms}
     assert cost["none"] < cost["none_2x"] == cost["all"] == cost["norm"] < cost["fisher"]
+
+
+def test_runs_are_named_after_all_that_they_depend_on(comparison: Comparison) -> None:
+    arm = comparison.config.arms[4]
+
+    def name(content: str = "d", rho: float = 0.1, tuning: bool = False, **measured: Any) -> str:
+        plan = module._Plan(comparison.config, replace(comparison.measure, **measured), {"data": content})
+        return plan.job(arm, rho, 0, tuning=tuning).run_id
+
+    names = [name(), name("e"), name(rho=0.2), name(images=65), name(sharpness_rho=0.3), name(tuning=True)]
+    assert len(set(names)) == 6
+    assert name(tuning=True, images=65) == names[5]  # a tuning run is not measured

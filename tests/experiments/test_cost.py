@@ -81,6 +81,16 @@ def test_the_model_is_left_as_it_is() -> None:
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_a_parameter_that_is_not_used_costs_nothing(mlp: nn.Sequential) -> None:
+    mlp.register_parameter("spare", nn.Parameter(torch.zeros(3)))
+    layer, full = products()
+    found = step_costs(mlp, torch.zeros(B, SIZES[0]), {"spare": {"spare"}, "both": {"spare", "4.weight"}})
+    assert found == {
+        "spare": pytest.approx(1 + sum(layer) / full),
+        "both": pytest.approx(1 + (sum(layer) + layer[2]) / full),
+    }
+
+
 class Looks(nn.Linear):
     """Its work depends on values, which a count of operations does not have."""
 

@@ -86,6 +86,13 @@ def test_what_is_no_record_is_refused_with_its_path(tmp_path: Path, content: str
     assert "is not the record of a run" in str(caught.value) or "another schema" in str(caught.value)
 
 
+def test_a_record_of_another_schema_is_refused(record: RunRecord, tmp_path: Path) -> None:
+    path = record.save(tmp_path)
+    path.write_text(path.read_text().replace('"sam-masks/run/1"', '"sam-masks/run/0"'))
+    with pytest.raises(InputError, match="has another schema than sam-masks/run/1"):
+        RunRecord.load(path)
+
+
 def test_a_truncated_record_is_refused_and_says_what_to_do(record: RunRecord, tmp_path: Path) -> None:
     path = record.save(tmp_path)
     path.write_text(path.read_text()[:-20])

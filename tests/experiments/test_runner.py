@@ -166,7 +166,8 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path, serial: None) -
 def test_children_inherit_one_thread_and_deafness_to_interrupts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
-    handler = signal.getsignal(signal.SIGINT)
+    handler = signal.default_int_handler
+    signal.signal(signal.SIGINT, handler)
     with module._starting_children():
         assert {os.environ[name] for name in module._THREAD_VARIABLES} == {"1"}
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
