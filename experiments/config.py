@@ -73,7 +73,7 @@ class RunConfig:
     lr: float = 0.05
     momentum: float = 0.9
     weight_decay: float = 5e-4
-    epochs: int = 15
+    epochs: int = 20
     batch_size: int = 64
     mask: str = "norm"
     match: str = "norm"
