@@ -1,6 +1,6 @@
 """How often the verdict errs, and how often its intervals cover, on synthetic studies of known truth.
 
-    python -m benchmarks.verdict_calibration [--studies 400] [--json FILE]
+    python -m benchmarks.verdict_calibration [--studies 500] [--json FILE]
 
 Three tables. Words: how often each word is said of each truth, and how often it is wrong. A word is wrong that says
 more than half of a share that is not (see ``WRONG``); under "confounded_all", where sharpness is a mere sign of a cause
@@ -225,7 +225,7 @@ def environment() -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.verdict_calibration", description="Error rates.")
-    parser.add_argument("--studies", type=int, default=400, help="studies per design")
+    parser.add_argument("--studies", type=int, default=500, help="studies per design")
     parser.add_argument("--json", type=Path, help="write every rate and the environment to this file")
     options = parser.parse_args(arguments)
     if options.studies < 1:

@@ -234,6 +234,23 @@ def test_each_family_is_counted_by_itself(made: Made) -> None:
     ]
 
 
+def test_holm_is_over_each_family_by_itself(made: Made) -> None:
+    gains = {"none": 0.0, "norm": 0.3, "random": 0.2, "other": 0.1}
+
+    def change(arm: str, seed: int) -> dict[str, Any]:
+        return {"accuracy": 0.5 + gains[arm] * (1 if arm != "random" or seed else -0.25)}
+
+    arms = (
+        *(Arm("none", "none"), Arm("norm", "norm", (0.1,)), Arm("random", "random", (0.1,))),
+        Arm("other", "random", (0.1,), role="control"),
+    )
+    found = {row.arm.name: row.gain for row in build_table(made(change, arms=arms)).rows}
+    least = 2 / 2**8
+    # One difference of the other sign, and the smallest: 4 of the 256 sign patterns are as extreme.
+    p_values = {name: (gain.p, gain.p_holm) for name, gain in found.items() if gain is not None}
+    assert p_values == {"norm": (least, 2 * least), "random": (2 * least, 2 * least), "other": (least, least)}
+
+
 @pytest.mark.parametrize(("rho", "edge"), [(0.1, True), (0.2, False), (0.4, True)])
 def test_a_radius_at_the_edge_of_its_grid(made: Made, rho: float, edge: bool) -> None:
     comparison = made()
@@ -299,7 +316,7 @@ def test_a_metric_that_could_not_be_measured_everywhere(made: Made) -> None:
 @pytest.mark.parametrize(
     "builds",
     [
-        [{"num_kept": 50}, {"num_kept": 49}],  # once too few
+        [{"num_kept": 49}, {"num_kept": 50}],  # once too few, and not at the end
         [{"num_kept": 51}],
     ],
 )
