@@ -4,11 +4,11 @@ from masks.budget import Budget
 from masks.context import Batch, LossFn, MaskContext, cross_entropy
 from masks.errors import BuilderError, InputError, MaskError, MaskFileError
 from masks.mask import LayerCount, Mask, Part, Provenance
+from masks.options import Option
 from masks.params import ParamRow, ParamTable, Role, register_norm_type
 from masks.region import Region
 from masks.registry import (
     MaskInfo,
-    Option,
     broken_plugins,
     build_mask,
     list_masks,

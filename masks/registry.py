@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import types
-import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import entry_points
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -18,6 +16,7 @@ from masks.budget import Budget
 from masks.context import MaskContext
 from masks.errors import BuilderError, MaskError, unknown_name
 from masks.mask import Mask, Provenance
+from masks.options import Option, options_of, resolve_options
 from masks.params import model_digest
 from masks.schedule import EVERY_EPOCH, INIT, Schedule
 from masks.select import select
@@ -27,75 +26,6 @@ ENTRY_POINT_GROUP = "sam_masks.masks"
 
 ScoreFn = Callable[..., Sequence[Tensor]]
 BuilderFn = Callable[..., Mask]
-
-
-@dataclass(frozen=True)
-class Option:
-    """One option of a builder: a keyword-only argument with a default and a type."""
-
-    name: str
-    type: Any
-    default: Any
-
-    @property
-    def type_name(self) -> str:
-        if get_origin(self.type) is Literal:
-            return "|".join(map(str, get_args(self.type)))
-        return self.type.__name__ if isinstance(self.type, type) and not get_args(self.type) else str(self.type)
-
-    def convert(self, value: Any, owner: str) -> Any:
-        """The value as the option's type; text is read as it would be on the command line.
-
-        Raises:
-            MaskError: it is not of that type.
-        """
-        converted = _convert(value, self.type)
-        if converted is _WRONG:
-            raise MaskError(f"option {self.name} of mask {owner} must be {self.type_name}, got {value!r}")
-        return converted
-
-
-_WRONG = object()
-
-
-def option_text(value: Any) -> str:
-    """An option's value as it is written on the command line: ``true``, ``none``, ``a+b``."""
-    if isinstance(value, tuple):
-        return "+".join(map(option_text, value))
-    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
-
-
-def _convert(value: Any, wanted: Any) -> Any:
-    origin = get_origin(wanted)
-    if origin is Literal:
-        same = [arg for arg in get_args(wanted) if type(arg) is type(value) and arg == value]
-        return next(iter(same or [arg for arg in get_args(wanted) if option_text(arg) == value]), _WRONG)
-    if origin in (typing.Union, types.UnionType):
-        if value is None or value == "none":
-            return None if type(None) in get_args(wanted) else _WRONG
-        found = [_convert(value, arm) for arm in get_args(wanted) if arm is not type(None)]
-        return next((item for item in found if item is not _WRONG), _WRONG)
-    if origin is tuple:
-        items = (value.split("+") if value else ()) if isinstance(value, str) else value
-        if not isinstance(items, (list, tuple)):
-            return _WRONG
-        arms = get_args(wanted)
-        if arms[-1] is Ellipsis:
-            arms = arms[:1] * len(items)
-        if len(arms) != len(items):
-            return _WRONG
-        out = tuple(map(_convert, items, arms))
-        return _WRONG if _WRONG in out else out
-    if wanted is bool:
-        return {"true": True, "false": False}.get(str(value).lower(), _WRONG)
-    if wanted is str:
-        return value if isinstance(value, str) else _WRONG
-    if wanted in (int, float) and not isinstance(value, bool):
-        try:
-            return wanted(value) if wanted is float or str(value) == str(int(value)) else _WRONG
-        except (TypeError, ValueError, OverflowError):
-            return _WRONG
-    return _WRONG
 
 
 @dataclass(frozen=True)
@@ -131,14 +61,7 @@ class MaskInfo:
         Raises:
             MaskError: an unknown option (the nearest are offered) or a value of another type.
         """
-        known = {option.name: option for option in self.options}
-        for name in options:
-            if name not in known:
-                raise MaskError(unknown_name(f"option of mask {self.name}", name, known))
-        return {
-            name: option.convert(options[name], self.name) if name in options else option.default
-            for name, option in known.items()
-        }
+        return resolve_options(self.options, options, f"mask {self.name}")
 
 
 _registry: dict[str, MaskInfo] = {}
@@ -150,18 +73,11 @@ _discovered = False
 
 
 def _options(fn: Callable[..., Any], reserved: int) -> tuple[Option, ...]:
-    hints = typing.get_type_hints(fn)
-    out = []
-    parameters = list(inspect.signature(fn).parameters.items())
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    if [p.kind in positional for _, p in parameters[:reserved]] != [True] * reserved:
+    first = list(inspect.signature(fn).parameters.values())[:reserved]
+    if [p.kind in positional for p in first] != [True] * reserved:
         raise MaskError(f"{fn.__qualname__} must take {('context', 'context and budget')[reserved - 1]} by position")
-    for name, parameter in parameters[reserved:]:
-        if parameter.kind is not parameter.KEYWORD_ONLY or parameter.default is parameter.empty or name not in hints:
-            raise MaskError(f"argument {name} of {fn.__qualname__} must be keyword-only, with a type and a default")
-        option = Option(name, hints[name], parameter.default)
-        out.append(replace(option, default=option.convert(parameter.default, f"(default of {fn.__qualname__})")))
-    return tuple(out)
+    return options_of(fn, skip=reserved)
 
 
 def _origin_of(fn: Callable[..., Any]) -> str:

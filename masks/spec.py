@@ -8,9 +8,9 @@ from typing import Any
 
 from masks.budget import Budget
 from masks.context import MaskContext
-from masks.errors import MaskError
 from masks.mask import Mask
-from masks.registry import MaskInfo, build_mask, mask_info, option_text
+from masks.options import options_text, parse_options
+from masks.registry import MaskInfo, build_mask, mask_info
 from masks.schedule import Schedule
 
 
@@ -44,23 +44,13 @@ class MaskSpec:
             MaskError: an unknown name, option or schedule, an option given twice, or a part without "=".
         """
         text, at, schedule = text.strip().partition("@")
-        name, *parts = text.split(":")
-        options: dict[str, str] = {}
-        for part in parts:
-            key, equals, value = part.partition("=")
-            if not equals:
-                raise MaskError(f"option {part!r} of mask {name} must be written option=value")
-            if key in options:
-                raise MaskError(f"option {key} of mask {name} is given twice")
-            options[key] = value
+        name, options = parse_options(text, "mask")
         return cls(name, options, Schedule.parse(schedule) if at else None)  # type: ignore[arg-type]
 
     def __str__(self) -> str:
         """The text that :meth:`parse` reads; options at their default are left out."""
-        defaults = {option.name: option.default for option in self.info.options}
-        shown = [f":{key}={option_text(value)}" for key, value in self.options.items() if value != defaults[key]]
         at = "" if self.schedule == self.info.schedule else f"@{self.schedule}"
-        return self.name + "".join(shown) + at
+        return options_text(self.name, self.info.options, self.options) + at
 
     @property
     def info(self) -> MaskInfo:

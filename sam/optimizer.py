@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -14,16 +13,17 @@ from torch.optim import LBFGS, Optimizer
 
 from masks.errors import InputError, unknown_name
 from masks.mask import Mask
-from masks.norm_stats import frozen_statistics, statistics
 from masks.params import ParamTable
 from masks.region import Region
-from sam.perturbation import NormScope, Perturbation, Rule, perturb, total_norm
+from sam.memory import Memory
+from sam.method import Method
+from sam.passes import BatchPasses, ClosurePasses, LossFn, NormStatistics, Passes, Surroundings
+from sam.perturbation import NormScope, Rule, total_norm
+from sam.step import Ascended, Step
 
-NormStatistics = Literal["first", "second", "both"]
 OnNonFinite = Literal["skip", "raise"]
-LossFn = Callable[[Any], Tensor]
 
-CHECKPOINT_VERSION = 1
+CHECKPOINT_VERSION = 2
 
 
 class NonFiniteError(ArithmeticError):
@@ -57,7 +57,8 @@ class SAM(Optimizer):
 
     One step: gradient g at w; eps from g by ``rule`` over the mask; gradient at w + eps on the same batch;
     w restored bit for bit; ``base_optimizer`` steps with the second gradient, which is dense: the mask makes
-    eps sparse, never the update. Weight decay and momentum therefore see the restored weights.
+    eps sparse, never the update. Weight decay and momentum therefore see the restored weights. Other members
+    of the family put something else in one of these places: see :class:`sam.method.Method`.
 
     ``param_groups`` and ``state`` *are* those of the base optimizer, so schedulers, clipping and
     checkpointing tools see one truth. Each group has a key ``rho``. Per-group radii: the norm is one over the
@@ -68,18 +69,23 @@ class SAM(Optimizer):
         model: the module whose parameters the mask describes.
         mask: which coordinates are perturbed. An empty one skips the first pass: the base optimizer.
         rho: radius of groups that do not set their own.
-        rule: metric and norm; default plain L2.
+        rule: metric and norm; default plain L2. Short for ``method=Method(rule=rule)``.
+        method: the member of the family; see :func:`sam.build_method`.
         norm_scope: "masked": ``||T^-1 eps|| = rho`` over the mask (SAM-ON, arXiv 2306.04226); "full": the
             gradient is normalised by its norm over all parameters and then masked (Sparse SAM, arXiv
             2210.05177), so that ``||T^-1 eps|| <= rho``. "full" needs every gradient, so the first pass of
             :meth:`step_on` is not restricted, and it does not exist for p = infinity.
-        norm_statistics: the pass in which running statistics of normalization layers are updated.
+        norm_statistics: the pass in which running statistics of normalization layers are updated: the first
+            one, at w, the last one, at w + eps, or both; passes between them never do.
         replay_rng: draw the same dropout masks in both passes, by resetting the default random generators.
+        seed: of everything random in the method.
         on_nonfinite: "skip" counts and skips a step with a non-finite gradient. Fused base optimizers decide
             that on the device; for others, and the first time that a parameter is stepped, one scalar is read,
             which on an accelerator waits for it. "raise" reads that scalar after every step and raises.
 
     Attributes:
+        enabled: set it to False and the base optimizer steps alone, as outside a window of epochs.
+        memory: what the method remembers.
         stats: :class:`StepStats` of the last step, None before the first.
         skipped_steps: how many steps were skipped, 0-dim int64 on the device.
 
@@ -97,17 +103,21 @@ class SAM(Optimizer):
         mask: Mask,
         rho: float = 0.05,
         rule: Rule | None = None,
+        method: Method | None = None,
         norm_scope: NormScope = "masked",
         norm_statistics: NormStatistics = "first",
         replay_rng: bool = True,
+        seed: int = 0,
         on_nonfinite: OnNonFinite = "skip",
     ) -> None:
         _check_base(base_optimizer)
-        self.rule = rule or Rule()
+        if rule is not None and method is not None:
+            raise InputError("rule is a part of the method: give it there, as in Method(rule=rule)")
+        self.method = method or Method(rule=rule or Rule())
         _check_choice("norm_scope", norm_scope, get_args(NormScope))
         _check_choice("norm_statistics", norm_statistics, get_args(NormStatistics))
         _check_choice("on_nonfinite", on_nonfinite, get_args(OnNonFinite))
-        if norm_scope == "full" and self.rule.p == math.inf:
+        if norm_scope == "full" and self.method.rule.p == math.inf:
             raise InputError('norm_scope="full" has no meaning for p = infinity, whose step has no norm; use "masked"')
         _check_rho(rho)
         for group in base_optimizer.param_groups:
@@ -122,6 +132,9 @@ class SAM(Optimizer):
         super().__init__(base_optimizer.param_groups, {"rho": rho})
         self.base_optimizer = base_optimizer
         self._share()
+        self.enabled = True
+        self.memory = Memory(seed)
+        self.mask = mask
         self.stats: StepStats | None = None
         self.skipped_steps = torch.zeros((), dtype=torch.int64)
         self.set_mask(mask)
@@ -147,10 +160,14 @@ class SAM(Optimizer):
     def set_mask(self, mask: Mask) -> None:
         """Perturb these coordinates from the next step on.
 
+        What the method remembers of the coordinates of another mask is dropped, and counted in ``memory.resets``.
+
         Raises:
             InputError: see the class.
         """
         bound = self._bind(mask, self.param_groups)
+        if self.memory.nbytes and mask.digest() != self.mask.digest():
+            self.memory.reset()
         self.mask = mask
         self._region, self._whole, self._groups, self._devices = bound
         self.skipped_steps = self.skipped_steps.to(self._devices[0])
@@ -158,7 +175,7 @@ class SAM(Optimizer):
     def _bind(
         self, mask: Mask, groups: Sequence[dict[str, Any]]
     ) -> tuple[Region, Region | None, list[int], list[torch.device]]:
-        """The mask's region, that of all parameters if the norm needs it, the group of every piece, the device."""
+        """The mask's region, that of all parameters if it is needed, the group of every piece, the device."""
         devices = _devices(p for group in groups for p in group["params"])
         region = Region(mask, self.model)
         mask.table.check_same(ParamTable.from_model(self.model), "the mask is of another model")
@@ -170,7 +187,7 @@ class SAM(Optimizer):
                 f"the first is {missing[0]}"
             )
         whole = None
-        if self.norm_scope == "full" and not region.is_empty:
+        if (self.norm_scope == "full" or self.method.every_gradient) and not region.is_empty:
             whole = Region(Mask(mask.table, (True,) * len(mask.table)), self.model)
         return region, whole, [held[id(p)] for p in region.params], devices
 
@@ -202,21 +219,18 @@ class SAM(Optimizer):
         """
         if closure is None:
             raise InputError("SAM.step needs a closure that zeroes, runs backward and returns the loss; or use step_on")
+        if self.method.batch:
+            raise InputError("this method looks into the batch, which a closure hides; use step_on(loss_fn, batch)")
         with torch.enable_grad():
-            self._clear_gradients()  # a closure that forgets to would ascend along old gradients
-            return self._step(closure, lambda region: self._closure_gradients(closure, region), closure)
+            return self._step(ClosurePasses(self._surroundings(), closure))
+
+    def _surroundings(self) -> Surroundings:
+        return Surroundings(self.model, self._devices, self.norm_statistics, self.replay_rng, self._clear_gradients)
 
     def _clear_gradients(self) -> None:
         self.zero_grad()
         for param in (self._whole or self._region).params:  # "full" may count some that no group holds
             param.grad = None
-
-    def _closure_gradients(self, closure: Callable[[], Any], region: Region) -> tuple[Any, list[Tensor]]:
-        """Run the closure and take its gradients away, so that the second call starts from none."""
-        loss = closure()
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in region.params]
-        self._clear_gradients()
-        return loss, gradients
 
     @Optimizer.profile_hook_step
     def step_on(self, loss_fn: LossFn, batch: Any) -> Tensor:
@@ -238,80 +252,55 @@ class SAM(Optimizer):
             NonFiniteError: see ``on_nonfinite``.
         """
 
-        def first(region: Region) -> tuple[Tensor, list[Tensor]]:
-            loss = _mean_loss(loss_fn, batch)
-            gradients = torch.autograd.grad(loss, region.params, allow_unused=True, materialize_grads=True)
-            return loss.detach(), list(gradients)
-
-        def last() -> Tensor:
-            self.zero_grad()
-            loss = _mean_loss(loss_fn, batch)
-            loss.backward()  # type: ignore[no-untyped-call]
-            return loss.detach()
-
         with torch.enable_grad():
             self._opt_called = True  # what learning-rate schedulers look at to see that the optimizer ran
-            loss: Tensor = self._step(last, first, last)
+            self._clear_gradients()
+            loss: Tensor = self._step(BatchPasses(self._surroundings(), loss_fn, batch))
             return loss
 
     # -- the step -------------------------------------------------------------------------------------------
 
-    def _step(
-        self,
-        only: Callable[[], Any],
-        first: Callable[[Region], tuple[Any, list[Tensor]]],
-        second: Callable[[], Any],
-    ) -> Any:
-        if self._region.is_empty:
-            loss = only()
-            value = _scalar(loss, self._devices[0])
-            zero = torch.zeros((), dtype=torch.float64, device=self._devices[0])
-            finite = self._update(torch.ones((), dtype=torch.bool, device=self._devices[0]))
-            self.stats = StepStats(value, value, zero, finite)
-            return loss
-        if not (self._whole or self._region).is_current:
+    def _step(self, passes: Passes) -> Any:
+        perturbs = self.enabled and not self._region.is_empty
+        if perturbs and not (self._whole or self._region).is_current:
             self.set_mask(self.mask)
-        buffers = statistics(self.model)
-        rng = _rng_states(self._devices) if self.replay_rng else None
-        with frozen_statistics(buffers) if self.norm_statistics == "second" else nullcontext():
-            loss, gradients = first(self._whole or self._region)
-        perturbed = self._perturbation(gradients)
-        del gradients  # held through the second pass they would cost memory and time
-        if rng is not None:
-            _set_rng_states(rng)
-        with (
-            self._moved(perturbed.values),
-            frozen_statistics(buffers) if self.norm_statistics == "first" else nullcontext(),
-        ):
-            perturbed.values.clear()  # likewise
-            perturbed_loss = second()
-        finite = self._update(perturbed.finite)
-        device = self._devices[0]
-        self.stats = StepStats(_scalar(loss, device), _scalar(perturbed_loss, device), perturbed.radius, finite)
-        return loss
+        assert self.base_optimizer is not None
+        step = Step(
+            method=self.method,
+            region=self._region,
+            whole=self._whole,
+            full_norm=self.norm_scope == "full",
+            rho=[self.param_groups[i]["rho"] for i in self._groups],
+            memory=self.memory,
+            base=self.base_optimizer,
+            zero_grad=self._clear_gradients,
+        )
+        due = perturbs and self.method.when.due(self.memory.steps)
+        self.memory.steps += 1
+        found = self._ascend(step, passes) if due else self._plain(step, passes, perturbs)
+        finite = self._update(found.finite)
+        if due:
+            self.method.combine.after(step, finite)
+        loss, perturbed = (_scalar(value, self._devices[0]) for value in (found.loss, found.perturbed_loss))
+        self.stats = StepStats(loss, perturbed, found.radius, finite)
+        return found.loss
 
-    def _perturbation(self, gradients: Sequence[Tensor]) -> Perturbation:
-        for piece, gradient in zip((self._whole or self._region).pieces, gradients, strict=True):
-            if gradient.is_sparse:
-                raise InputError(f"{piece.row.name} has a sparse gradient, which SAM does not take")
-        rho = [self.param_groups[i]["rho"] for i in self._groups]
-        if self._whole is None:
-            return perturb(self.rule, self._region, gradients, rho)
-        touched = [gradients[piece.position] for piece in self._region.pieces]
-        return perturb(self.rule, self._region, touched, rho, whole=self._whole, whole_gradients=gradients)
+    def _plain(self, step: Step, passes: Passes, perturbs: bool) -> Ascended:
+        """A step without a perturbation."""
+        loss = passes.backward("only")
+        if perturbs:
+            self.method.combine.between(step)
+        zero = torch.zeros((), dtype=torch.float64, device=self._devices[0])
+        return Ascended(loss, loss, zero, torch.ones((), dtype=torch.bool, device=self._devices[0]))
 
-    @contextmanager
-    def _moved(self, values: Sequence[Tensor]) -> Iterator[None]:
-        """Inside, the weights are w + eps; on the way out, whatever happens, w again."""
-        saved = self._region.save()
-        try:
-            self._region.add_(values)
-            # Autocast keeps low-precision copies of the weights it has seen, changed in place since or not.
-            torch.clear_autocast_cache()
-            yield
-        finally:
-            self._region.restore(saved)
-            torch.clear_autocast_cache()
+    def _ascend(self, step: Step, passes: Passes) -> Ascended:
+        """The method's passes; the gradient to step with is in ``.grad``."""
+        parts = self.method.data.parts(passes) if isinstance(passes, BatchPasses) else [passes]
+        found = [self.method.ascent(step, part) for part in parts]
+        if len(found) > 1:
+            return _averaged(found, [part.weight for part in parts if isinstance(part, BatchPasses)])
+        self.method.combine.combine(step, found[0].clean)
+        return found[0]
 
     @torch.no_grad()
     def _update(self, finite: Tensor) -> Tensor:
@@ -342,7 +331,7 @@ class SAM(Optimizer):
     def _settings(self) -> dict[str, Any]:
         return {
             "base_optimizer": type(self.base_optimizer).__qualname__,
-            "rule": repr(self.rule),
+            "method": repr(self.method),
             "norm_scope": self.norm_scope,
             "norm_statistics": self.norm_statistics,
             "replay_rng": self.replay_rng,
@@ -352,7 +341,8 @@ class SAM(Optimizer):
         """Everything that a bitwise resume needs besides the model and the random generators.
 
         Keys: ``base`` (the base optimizer's own state, momentum included), ``mask``
-        (:meth:`masks.mask.Mask.state_dict`), ``settings``, ``skipped_steps``, ``version``. Plain tensors and
+        (:meth:`masks.mask.Mask.state_dict`), ``memory`` (what the method remembers), ``settings``,
+        ``skipped_steps``, ``version``. Plain tensors and
         containers: ``torch.load(..., weights_only=True)`` reads it.
         """
         assert self.base_optimizer is not None
@@ -361,6 +351,7 @@ class SAM(Optimizer):
             "base": self.base_optimizer.state_dict(),
             "mask": self.mask.state_dict(),
             "settings": self._settings(),
+            "memory": self.memory.state_dict(),
             "skipped_steps": self.skipped_steps.clone(),
         }
 
@@ -377,7 +368,7 @@ class SAM(Optimizer):
                 another model. Nothing is changed then.
         """
         assert self.base_optimizer is not None
-        kinds = {"version": int, "base": dict, "mask": dict, "settings": dict, "skipped_steps": Tensor}
+        kinds = {"version": int, "base": dict, "mask": dict, "settings": dict, "memory": dict, "skipped_steps": Tensor}
         if not isinstance(state_dict, dict) or not all(isinstance(state_dict.get(k), t) for k, t in kinds.items()):
             raise InputError(f"not a checkpoint of SAM: it needs the keys {', '.join(sorted(kinds))}")
         if state_dict["version"] != CHECKPOINT_VERSION:
@@ -394,6 +385,7 @@ class SAM(Optimizer):
         for name, value in self._settings().items():
             if state_dict["settings"].get(name) != value:
                 raise InputError(f"the checkpoint was made with {name}={state_dict['settings'].get(name)}, not {value}")
+        self.memory.check(state_dict["memory"])
         if here != there:
             self._bind(mask, self.param_groups)  # raises before anything is changed
         try:
@@ -402,6 +394,7 @@ class SAM(Optimizer):
             raise InputError(f"the base optimizer's state does not fit: {error}") from None
         if here != there:
             self.set_mask(mask)
+        self.memory.load_state_dict(state_dict["memory"], self._devices[0])
         self.skipped_steps.copy_(state_dict["skipped_steps"])
 
 
@@ -441,22 +434,16 @@ def _scalar(loss: Any, device: torch.device) -> Tensor:
     return torch.as_tensor(loss, device=device).detach()
 
 
-def _mean_loss(loss_fn: LossFn, batch: Any) -> Tensor:
-    losses = loss_fn(batch)
-    if not isinstance(losses, Tensor) or losses.ndim != 1 or not losses.numel() or not losses.is_floating_point():
-        found = f"a tensor of shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
-        raise InputError(f"loss_fn must return per-example losses of shape (batch,), got {found}; use reduction='none'")
-    return losses.mean()
+def _averaged(found: Sequence[Ascended], weights: Sequence[float | None]) -> Ascended:
+    """What the parts of a batch gave, weighted by their size; the radius is the mean one."""
+    shares = [1.0 if weight is None else weight for weight in weights]
 
+    def mean(values: Iterable[Tensor]) -> Tensor:
+        return torch.stack([value * share for value, share in zip(values, shares, strict=True)]).sum()
 
-def _rng_states(devices: Sequence[torch.device]) -> list[tuple[torch.device, Tensor]]:
-    states = [(torch.device("cpu"), torch.get_rng_state())]
-    return states + [(d, torch.cuda.get_rng_state(d)) for d in devices if d.type == "cuda"]
-
-
-def _set_rng_states(states: Sequence[tuple[torch.device, Tensor]]) -> None:
-    for device, state in states:
-        if device.type == "cuda":
-            torch.cuda.set_rng_state(state, device)
-        else:
-            torch.set_rng_state(state)
+    return Ascended(
+        mean(part.loss for part in found),
+        mean(part.perturbed_loss for part in found),
+        mean(part.radius for part in found),
+        torch.stack([part.finite for part in found]).all(),
+    )

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -28,28 +28,34 @@ NormScope = Literal["masked", "full"]
 BiasConvention = Literal["identity", "adaptive"]
 
 
-@runtime_checkable
-class Metric(Protocol):
+@dataclass(frozen=True)
+class Metric:
     """The diagonal normaliser T of a rule."""
 
-    def scale(self, row: ParamRow, param: Tensor, weights: Tensor) -> Tensor | None:
+    def scale(self, row: ParamRow, param: Tensor, weights: Tensor, gradient: Tensor | None = None) -> Tensor | None:
         """T for one tensor.
 
         Args:
             row: the tensor's description.
             param: the whole tensor, also where the mask keeps part of it.
             weights: its values at the kept coordinates, in the form of :meth:`masks.region.Piece.gather`.
+            gradient: the gradient of the loss there; None where there is no one gradient, as in random directions.
 
         Returns:
             A tensor that broadcasts against ``weights``, or None for T = 1.
         """
+        raise NotImplementedError
+
+    def radius_factor(self, row: ParamRow) -> float:
+        """What the radius of one tensor is multiplied by; it does not enter the norm."""
+        return 1.0
 
 
 @dataclass(frozen=True)
-class Identity:
+class Identity(Metric):
     """T = 1: plain SAM."""
 
-    def scale(self, row: ParamRow, param: Tensor, weights: Tensor) -> Tensor | None:
+    def scale(self, row: ParamRow, param: Tensor, weights: Tensor, gradient: Tensor | None = None) -> Tensor | None:
         return None
 
 
@@ -63,7 +69,7 @@ def _check_adaptive(metric: Elementwise | Layerwise) -> None:
 
 
 @dataclass(frozen=True)
-class Elementwise:
+class Elementwise(Metric):
     """T = |w| + eta per coordinate (Kwon et al. 2021, section 4: element-wise ASAM).
 
     Args:
@@ -78,14 +84,14 @@ class Elementwise:
     def __post_init__(self) -> None:
         _check_adaptive(self)
 
-    def scale(self, row: ParamRow, param: Tensor, weights: Tensor) -> Tensor | None:
+    def scale(self, row: ParamRow, param: Tensor, weights: Tensor, gradient: Tensor | None = None) -> Tensor | None:
         if row.is_bias and self.bias == "identity":
             return None
         return weights.abs().add_(self.eta)
 
 
 @dataclass(frozen=True)
-class Layerwise:
+class Layerwise(Metric):
     """T = ||W||_F + eta, one number per tensor, taken from the whole tensor (layer-wise ASAM).
 
     Args:
@@ -99,7 +105,7 @@ class Layerwise:
     def __post_init__(self) -> None:
         _check_adaptive(self)
 
-    def scale(self, row: ParamRow, param: Tensor, weights: Tensor) -> Tensor | None:
+    def scale(self, row: ParamRow, param: Tensor, weights: Tensor, gradient: Tensor | None = None) -> Tensor | None:
         if row.is_bias and self.bias == "identity":
             return None
         return (total_norm([param]) + self.eta).to(param.dtype)
@@ -214,16 +220,33 @@ def _norm(tensors: Sequence[Tensor]) -> Tensor:
     return norm
 
 
-def _scales(rule: Rule, region: Region) -> list[Tensor | None]:
-    weights = region.weights()
-    return [rule.metric.scale(p.row, p.param, w) for p, w in zip(region.pieces, weights, strict=True)]
-
-
 def _times(tensors: Sequence[Tensor], scales: Sequence[Tensor | None]) -> list[Tensor]:
     return [t if s is None else t * s for t, s in zip(tensors, scales, strict=True)]
 
 
-@torch.no_grad()
+@dataclass(frozen=True, eq=False)
+class RegionVector:
+    """What is ascended along: a vector over the coordinates of a region.
+
+    Attributes:
+        region: the coordinates.
+        values: one tensor per piece, in the piece's form (:meth:`masks.region.Region.gather`); not changed.
+        gradient: the gradient in the same form, for metrics that depend on it; None where there is none.
+    """
+
+    region: Region
+    values: Sequence[Tensor]
+    gradient: Sequence[Tensor] | None = None
+
+    def scales(self, metric: Metric) -> list[Tensor | None]:
+        """T of every piece."""
+        gradients: Sequence[Tensor | None] = self.gradient or [None] * len(self.values)
+        return [
+            metric.scale(piece.row, piece.param, weights, gradient)
+            for piece, weights, gradient in zip(self.region.pieces, self.region.weights(), gradients, strict=True)
+        ]
+
+
 def perturb(
     rule: Rule,
     region: Region,
@@ -233,45 +256,66 @@ def perturb(
     whole: Region | None = None,
     whole_gradients: Sequence[Tensor] = (),
 ) -> Perturbation:
-    """The perturbation of the masked weights; no device synchronisation on an accelerator.
-
-    A zero gradient (norm below 1e-30) gives no move and no NaN; a non-finite one gives no move and
-    ``finite`` = False.
+    """The perturbation of the masked weights along their gradient; see :func:`perturb_along`.
 
     Args:
         rule: metric and norm.
         region: the mask bound to the model.
         gradients: the gradient of every tensor that the mask touches (whole tensors, one per piece); they are
             not changed.
-        rho: radius, or one radius per piece: the norm is always one over all pieces, and piece i moves by
-            ``rho_i T^2 g / ||T g||``.
+        rho: see :func:`perturb_along`.
         whole: for ``norm_scope="full"``: the region of all parameters, over which the norm is then taken
             (Mi et al. 2022, Sparse SAM), so that ``||T^-1 eps|| <= rho``.
         whole_gradients: the gradients of ``whole``.
     """
     masked = region.gather(gradients)
-    scales = _scales(rule, region)
-    radii = list(rho) if isinstance(rho, Sequence) else [rho] * len(masked)
-    scaled = _times(masked, scales)  # T g
-    if whole is None:
+    norm_over = None
+    if whole is not None:
+        values = whole.gather(whole_gradients)
+        norm_over = RegionVector(whole, values, values)
+    return perturb_along(rule, RegionVector(region, masked, masked), rho, norm_over=norm_over)
+
+
+@torch.no_grad()
+def perturb_along(
+    rule: Rule, along: RegionVector, rho: Sequence[float | Tensor] | float, *, norm_over: RegionVector | None = None
+) -> Perturbation:
+    """The perturbation along a direction; no device synchronisation on an accelerator.
+
+    A zero direction (norm below 1e-30) gives no move and no NaN; a non-finite one gives no move and
+    ``finite`` = False.
+
+    Args:
+        rule: metric and norm.
+        along: the masked coordinates and the direction d.
+        rho: radius, or one radius per piece: the norm is always one over all pieces, and piece i moves by
+            ``rho_i T^2 d / ||T d||``.
+        norm_over: what the norm ``||T d||`` is taken over, if not over ``along``.
+    """
+    factors = [rule.metric.radius_factor(piece.row) for piece in along.region.pieces]
+    radii = list(rho) if isinstance(rho, Sequence) else [rho] * len(factors)
+    radii = [radius if factor == 1 else radius * factor for radius, factor in zip(radii, factors, strict=True)]
+    scales = along.scales(rule.metric)
+    scaled = _times(along.values, scales)  # T d
+    if norm_over is None:
         norm = total_norm(scaled)
     else:
-        norm = total_norm(_times(whole.gather(whole_gradients), _scales(rule, whole)))
+        norm = total_norm(_times(norm_over.values, norm_over.scales(rule.metric)))
     if rule.p == 2:
         # 1 / norm where there is a direction, else 0: no epsilon, so the radius is rho to rounding.
         inverse = torch.where(norm > _ZERO, norm.reciprocal(), 0.0)
         directions = _times(scaled, scales)
     else:
         inverse = torch.ones_like(norm)
-        directions = _times([g.sign() for g in masked], scales)
+        directions = _times([d.sign() for d in along.values], scales)
     finite = torch.isfinite(norm)
-    factors = _factors(inverse, radii, directions)
+    multipliers = _factors(inverse, radii, directions)
     if not directions:
         values: list[Tensor] = []
-    elif all(factor is factors[0] for factor in factors):  # one launch on an accelerator, not one per tensor
-        values = _where(finite, torch._foreach_mul(directions, factors[0]))
+    elif all(m is multipliers[0] for m in multipliers):  # one launch on an accelerator, not one per tensor
+        values = _where(finite, torch._foreach_mul(directions, multipliers[0]))
     else:
-        values = _where(finite, torch._foreach_mul(directions, factors))
+        values = _where(finite, torch._foreach_mul(directions, multipliers))
     return Perturbation(values, total_norm(values).to(norm.device), finite)
 
 

@@ -189,7 +189,7 @@ def test_importing_a_file_of_builders_first_registers_them_as_ours(monkeypatch: 
     ],
 )
 def test_options_are_converted(kind: Any, given: Any, wanted: Any) -> None:
-    found = Option("x", kind, None).convert(given, "m")
+    found = Option("x", kind, None).convert(given, "mask m")
     assert found == wanted
     assert type(found) is type(wanted)
 
@@ -226,7 +226,7 @@ def test_options_are_converted(kind: Any, given: Any, wanted: Any) -> None:
 )
 def test_options_of_the_wrong_type_are_refused(kind: Any, given: Any, type_name: str) -> None:
     with pytest.raises(MaskError, match=f"option x of mask m must be .*{type_name.replace(' | ', '.*')}.*, got"):
-        Option("x", kind, None).convert(given, "m")
+        Option("x", kind, None).convert(given, "mask m")
 
 
 def test_options_are_read_off_the_signature() -> None:
@@ -264,7 +264,7 @@ def nothing() -> Mask: ...  # type: ignore[empty-body]
         (no_default, "keyword-only, with a type and a default"),
         (by_position, "keyword-only, with a type and a default"),
         (anything, "keyword-only, with a type and a default"),
-        (wrong_default, r"option x of mask \(default of wrong_default\) must be int, got '3 or so'"),
+        (wrong_default, r"option x of .*wrong_default \(its default\) must be int, got '3 or so'"),
         (wrong_choice, "must be a, got 'b'"),
         (no_such_type, r"must be list\[int\], got \[\]"),
         (no_budget, "no_budget must take context and budget by position"),

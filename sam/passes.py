@@ -1,0 +1,237 @@
+"""The forward and backward passes of one step on one batch, at whatever the weights are when they run."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from masks.errors import InputError
+from masks.norm_stats import frozen_statistics, statistics
+from masks.region import Region
+
+NormStatistics = Literal["first", "second", "both"]
+LossFn = Callable[[Any], Tensor]
+
+Role = Literal["clean", "inner", "final", "only"]
+"""What a pass is to its step: "clean" is the first one, at w; "final" the one whose gradient is stepped with; "inner"
+any between them; "only" the single pass of a step without a perturbation."""
+
+
+@dataclass(frozen=True, eq=False)
+class Surroundings:
+    """What the passes of one step must not disturb.
+
+    Attributes:
+        model: the model.
+        devices: where its parameters lie.
+        norm_statistics: the pass in which running statistics of normalization layers are updated: the clean one
+            ("first"), the final one ("second"), or both; inner ones never do.
+        replay_rng: every pass draws the same dropout masks.
+        zero_grad: clears all gradients.
+    """
+
+    model: nn.Module
+    devices: Sequence[torch.device]
+    norm_statistics: NormStatistics
+    replay_rng: bool
+    zero_grad: Callable[[], None]
+
+
+class Passes(ABC):
+    """Gradients on one batch, as often as a step needs them."""
+
+    def __init__(self, surroundings: Surroundings) -> None:
+        self.surroundings = surroundings
+        self._buffers: list[Tensor] | None = None
+        self._rng: list[tuple[torch.device, Tensor]] | None = None
+
+    @contextmanager
+    def _pass(self, role: Role) -> Iterator[None]:
+        around = self.surroundings
+        if role == "only":
+            yield
+            return
+        if around.replay_rng:
+            if self._rng is None:
+                self._rng = _rng_states(around.devices)
+            else:
+                _set_rng_states(self._rng)
+        updates = {"clean": around.norm_statistics != "second", "inner": False}.get(
+            role, around.norm_statistics != "first"
+        )
+        if updates:
+            yield
+            return
+        if self._buffers is None:
+            self._buffers = statistics(around.model)
+        with frozen_statistics(self._buffers):
+            yield
+
+    @abstractmethod
+    def gradients(self, region: Region, role: Role = "clean") -> tuple[Any, list[Tensor]]:
+        """The loss, and the gradient of every tensor that the region touches; ``.grad`` is left alone.
+
+        Raises:
+            InputError: a gradient is sparse.
+        """
+
+    @abstractmethod
+    def backward(self, role: Role = "final") -> Any:
+        """The loss; its gradient is in ``.grad`` of every parameter."""
+
+
+class ClosurePasses(Passes):
+    """Passes through a closure of torch's convention, which zeroes the gradients and calls ``backward``."""
+
+    def __init__(self, surroundings: Surroundings, closure: Callable[[], Any]) -> None:
+        super().__init__(surroundings)
+        self._closure = closure
+        surroundings.zero_grad()  # a closure that forgets to would ascend along old gradients
+
+    def gradients(self, region: Region, role: Role = "clean") -> tuple[Any, list[Tensor]]:
+        with self._pass(role):
+            loss = self._closure()
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in region.params]
+        self.surroundings.zero_grad()  # taken away, so that the next call starts from none
+        return loss, _dense(region, gradients)
+
+    def backward(self, role: Role = "final") -> Any:
+        with self._pass(role):
+            return self._closure()
+
+
+class BatchPasses(Passes):
+    """Passes of a per-example loss on a batch.
+
+    Attributes:
+        weight: share of the step's gradient that this batch has; None for all of it.
+        clean_losses: the losses of the clean pass, shape (B,), detached; None before it.
+    """
+
+    def __init__(self, surroundings: Surroundings, loss_fn: LossFn, batch: Any, *, weight: float | None = None) -> None:
+        super().__init__(surroundings)
+        self._loss_fn, self._batch, self.weight = loss_fn, batch, weight
+        self.clean_losses: Tensor | None = None
+
+    def losses(self, role: Role) -> Tensor:
+        """Per-example losses without a graph, shape (B,).
+
+        Raises:
+            InputError: the loss function returns something else.
+        """
+        with torch.no_grad(), self._pass(role):
+            return self._losses(role)
+
+    def _losses(self, role: Role) -> Tensor:
+        losses = self._loss_fn(self._batch)
+        if not isinstance(losses, Tensor) or losses.ndim != 1 or not losses.numel() or not losses.is_floating_point():
+            found = f"a tensor of shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
+            raise InputError(
+                f"loss_fn must return per-example losses of shape (batch,), got {found}; use reduction='none'"
+            )
+        if role == "clean":
+            self.clean_losses = losses.detach()
+        return losses
+
+    def gradients(self, region: Region, role: Role = "clean") -> tuple[Tensor, list[Tensor]]:
+        with self._pass(role):  # the backward pass too: it refuses statistics that changed under it
+            loss = self._losses(role).mean()
+            # Autograd is asked only for the tensors that are touched; their gradients are the same, bit for bit.
+            gradients = torch.autograd.grad(loss, region.params, allow_unused=True, materialize_grads=True)
+        return loss.detach(), _dense(region, gradients)
+
+    def backward(self, role: Role = "final") -> Tensor:
+        """The loss; its gradient, times ``weight`` if there is one, is added to ``.grad`` of every parameter."""
+        with self._pass(role):
+            loss = self._losses(role).mean()
+            (loss if self.weight is None else loss * self.weight).backward()  # type: ignore[no-untyped-call]
+        return loss.detach()
+
+    def narrowed(self, index: Tensor) -> BatchPasses:
+        """The same passes on some examples of the batch.
+
+        Args:
+            index: their positions, int64, shape (n,).
+        """
+        part = BatchPasses(self.surroundings, self._loss_fn, take(self._batch, index), weight=self.weight)
+        part._rng, part._buffers = self._rng, self._buffers
+        return part
+
+    def split(self, sizes: Sequence[int]) -> list[BatchPasses]:
+        """Passes on consecutive parts of the batch, weighted by their size; the batch itself if it is one part.
+
+        Args:
+            sizes: numbers of examples, summing to the batch's.
+        """
+        if len(sizes) == 1:
+            return [self]
+        out, start, device = [], 0, self.surroundings.devices[0]
+        for size in sizes:
+            index = torch.arange(start, start + size, device=device)
+            weight = size / sum(sizes)
+            out.append(BatchPasses(self.surroundings, self._loss_fn, take(self._batch, index), weight=weight))
+            start += size
+        return out
+
+    @property
+    def num_examples(self) -> int:
+        """Length of the batch's tensors along their first dimension.
+
+        Raises:
+            InputError: it holds no tensor, or tensors of different lengths.
+        """
+        lengths = {len(t) for t in _tensors(self._batch) if t.ndim}
+        if len(lengths) != 1:
+            raise InputError(
+                f"this method divides the batch, whose tensors must all have one entry per example; found lengths "
+                f"{sorted(lengths)}"
+            )
+        return lengths.pop()
+
+
+def take(batch: Any, index: Tensor) -> Any:
+    """The examples at these positions of a tensor, or of a tuple, list or dict of them."""
+    if isinstance(batch, Tensor):
+        return batch.index_select(0, index.to(batch.device)) if batch.ndim else batch
+    if isinstance(batch, (tuple, list)):
+        items = [take(item, index) for item in batch]
+        return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
+    if isinstance(batch, dict):
+        return {key: take(item, index) for key, item in batch.items()}
+    return batch
+
+
+def _tensors(batch: Any) -> Iterator[Tensor]:
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, (tuple, list)):
+        for item in batch:
+            yield from _tensors(item)
+    elif isinstance(batch, dict):
+        yield from _tensors(list(batch.values()))
+
+
+def _dense(region: Region, gradients: Sequence[Tensor]) -> list[Tensor]:
+    for piece, gradient in zip(region.pieces, gradients, strict=True):
+        if gradient.is_sparse:
+            raise InputError(f"{piece.row.name} has a sparse gradient, which SAM does not take")
+    return list(gradients)
+
+
+def _rng_states(devices: Sequence[torch.device]) -> list[tuple[torch.device, Tensor]]:
+    states = [(torch.device("cpu"), torch.get_rng_state())]
+    return states + [(d, torch.cuda.get_rng_state(d)) for d in devices if d.type == "cuda"]
+
+
+def _set_rng_states(states: Sequence[tuple[torch.device, Tensor]]) -> None:
+    for device, state in states:
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(state, device)
+        else:
+            torch.set_rng_state(state)

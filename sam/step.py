@@ -1,0 +1,122 @@
+"""What the slots of a method work with during one step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from masks.region import Region
+from sam.memory import Memory
+from sam.passes import BatchPasses, Passes
+from sam.perturbation import Perturbation, RegionVector, perturb_along
+
+if TYPE_CHECKING:
+    from sam.method import Method
+
+
+@dataclass(frozen=True, eq=False)
+class Ascended:
+    """What the passes of a step gave; ``.grad`` holds the gradient at w + eps.
+
+    Attributes:
+        loss: L(w), as the closure returned it or 0-dim.
+        perturbed_loss: L(w + eps).
+        radius: ||eps||_2, 0-dim float64.
+        finite: whether the gradients of the ascent were finite, 0-dim bool.
+        clean: the gradient at w of every parameter, where the method needs it.
+    """
+
+    loss: Any
+    perturbed_loss: Any
+    radius: Tensor
+    finite: Tensor
+    clean: Sequence[Tensor] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """One step of a method under a mask.
+
+    Attributes:
+        method: the method.
+        region: the masked coordinates.
+        whole: all parameters, where the norm is taken over them or the method needs every gradient; else None.
+        full_norm: whether the norm is taken over ``whole``.
+        rho: the radius of every piece of ``region``.
+        memory: what the method remembers.
+        base: the base optimizer.
+        zero_grad: clears all gradients.
+    """
+
+    method: Method
+    region: Region
+    whole: Region | None
+    full_norm: bool
+    rho: Sequence[float | Tensor]
+    memory: Memory
+    base: Optimizer
+    zero_grad: Callable[[], None]
+
+    @property
+    def first_region(self) -> Region:
+        """The tensors whose gradients the first pass computes."""
+        return self.whole or self.region
+
+    @property
+    def keeps_clean(self) -> bool:
+        return self.method.combine.every_gradient
+
+    def masked(self, gradients: Sequence[Tensor]) -> list[Tensor]:
+        """From one tensor per parameter of ``first_region`` to the values at the masked coordinates."""
+        touched = gradients if self.whole is None else [gradients[piece.position] for piece in self.region.pieces]
+        return self.region.gather(touched)
+
+    def perturbation(self, gradients: Sequence[Tensor]) -> Perturbation:
+        """eps from the gradients of ``first_region``; the method remembers what it must."""
+        masked = self.masked(gradients)
+        if not self.full_norm or self.whole is None:
+            values = self.method.direction(masked, self.memory)
+            found = self.perturb(RegionVector(self.region, values, masked))
+        else:
+            counted = self.whole.gather(gradients)
+            direction = self.method.direction(counted, self.memory)
+            along = RegionVector(self.region, self.masked(direction), masked)
+            found = self.perturb(along, norm_over=RegionVector(self.whole, direction, counted))
+        self.memory.commit(found.finite)
+        return found
+
+    def perturb(self, along: RegionVector, *, norm_over: RegionVector | None = None) -> Perturbation:
+        """eps along a direction by the method's rule, at the step's radii."""
+        factor = self.method.direction.radius_factor
+        rho = self.rho if factor == 1 else [radius * factor for radius in self.rho]
+        return perturb_along(self.method.rule, along, rho, norm_over=norm_over)
+
+    @contextmanager
+    def moved(self, values: list[Tensor]) -> Iterator[None]:
+        """Inside, the weights are w + eps; on the way out, whatever happens, w again.
+
+        Args:
+            values: eps; the list is emptied, so that nothing holds its memory through the next pass.
+        """
+        saved = self.region.save()
+        try:
+            self.region.add_(values)
+            values.clear()
+            # Autocast keeps low-precision copies of the weights it has seen, changed in place since or not.
+            torch.clear_autocast_cache()
+            yield
+        finally:
+            self.region.restore(saved)
+            torch.clear_autocast_cache()
+
+    def descend(self, passes: Passes) -> Any:
+        """The final pass: its gradient is in ``.grad``; returns its loss."""
+        if isinstance(passes, BatchPasses):
+            passes = self.method.data.descending(passes, self.memory)
+        return passes.backward()
