@@ -22,12 +22,17 @@ class MethodInfo:
         name: its name.
         summary: one line.
         source: paper and equation.
-        passes: forward and backward passes per step in units of one of the base optimizer's, as a formula in the
-            options where it depends on them, under a mask that does not restrict the first pass.
-        state: what it keeps from step to step, in units of the parameters or of the masked coordinates.
+        passes: forward and backward passes per step, in units of one of the base optimizer's, under a mask that does
+            not restrict the first pass: a number, or a formula in the options.
+        num_passes: the same as a function of the options; a forward pass alone counts a third.
+        state_per_masked: numbers that it keeps from step to step per masked coordinate (per parameter under
+            ``norm_scope="full"``).
+        state_per_parameter: numbers that it keeps per parameter, masked or not.
         tuned_on: what the defaults come from.
         rho: the default radius.
         limits: which masks, optimizers or entries it does not support, each with the reason.
+        preset: settings of a run that the method fixes, such as its own mask.
+        needs_model: whether options alone do not make it: it is made for a model, by a function of its module.
         options: what can be set.
         make: from options to the method.
     """
@@ -36,10 +41,14 @@ class MethodInfo:
     summary: str
     source: str
     passes: str
-    state: str
+    num_passes: Callable[..., float] = field(repr=False)
+    state_per_masked: int
+    state_per_parameter: int
     tuned_on: str
     rho: float
     limits: tuple[str, ...]
+    preset: Mapping[str, str]
+    needs_model: bool
     options: tuple[Option, ...]
     make: MethodFn = field(repr=False)
 
@@ -61,15 +70,21 @@ def register_method(
     summary: str,
     source: str,
     passes: str,
-    state: str,
     tuned_on: str,
+    num_passes: Callable[..., float] | None = None,
     rho: float = 0.05,
+    state_per_masked: int = 0,
+    state_per_parameter: int = 0,
     limits: Sequence[str] = (),
+    preset: Mapping[str, str] | None = None,
+    needs_model: bool = False,
 ) -> Callable[[MethodFn], MethodFn]:
     """Register a method: ``fn(*, option: type = default, ...) -> Method``.
 
     Args:
-        name, summary, source, passes, state, tuned_on, rho, limits: see :class:`MethodInfo`.
+        name, summary, source, passes, tuned_on, rho, state_per_masked, state_per_parameter, limits, preset,
+            needs_model: see :class:`MethodInfo`.
+        num_passes: see there; may be left out where ``passes`` is a number.
 
     Raises:
         InputError: a name that is taken or not snake_case, an option without a type or default.
@@ -81,11 +96,29 @@ def register_method(
             raise InputError(f"method {name!r} is already registered by {old.make.__module__}; rename this one")
         if not name.isidentifier() or name != name.lower():
             raise InputError(f"a method's name must be snake_case, got {name!r}")
-        info = MethodInfo(name, summary, source, passes, state, tuned_on, rho, tuple(limits), options_of(fn), fn)
-        _registry[name] = info
+        _registry[name] = MethodInfo(
+            name=name,
+            summary=summary,
+            source=source,
+            passes=passes,
+            num_passes=num_passes or _constant(float(passes)),
+            state_per_masked=state_per_masked,
+            state_per_parameter=state_per_parameter,
+            tuned_on=tuned_on,
+            rho=rho,
+            limits=tuple(limits),
+            preset=dict(preset or {}),
+            needs_model=needs_model,
+            options=options_of(fn),
+            make=fn,
+        )
         return fn
 
     return decorate
+
+
+def _constant(value: float) -> Callable[..., float]:
+    return lambda **options: value
 
 
 def list_methods() -> tuple[MethodInfo, ...]:

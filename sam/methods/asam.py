@@ -14,7 +14,6 @@ from sam.registry import register_method
     summary="SAM with the radius in units of the weights, elementwise or layerwise",
     source="Kwon et al. 2021, arXiv 2102.11600, algorithm 1, equations 5 and 6",
     passes="2",
-    state="none",
     rho=0.5,
     tuned_on="CIFAR-10 (Kwon et al. 2021; elementwise, l2); 1.0 on CIFAR-100; other norms need other radii",
 )

@@ -14,7 +14,6 @@ from sam.registry import register_method
     summary="the gradient at w + eps, eps along the gradient",
     source="Foret et al. 2021, arXiv 2010.01412, algorithm 1; under the mask norm: Mueller et al. 2023 (SAM-ON)",
     passes="2",
-    state="none",
     tuned_on="CIFAR-10 and ImageNet (Foret et al. 2021); 0.1 on CIFAR-100",
 )
 def sam(*, p: Literal["2", "inf"] = "2") -> Method:

@@ -1,0 +1,175 @@
+"""What every registered method must keep, under every mask and base optimizer."""
+
+from __future__ import annotations
+
+import io
+import itertools
+
+import pytest
+import torch
+
+from masks import InputError, ParamTable
+from sam import SAM, MethodSpec, build_method, list_methods
+from tests.sam.nets import Recorder, batches, buffers, build, losses, make, same_bits, snapshot, state_of
+
+METHODS = [info.name for info in list_methods() if not info.needs_model]
+MASKS = {"all": None, "norm": None, "random": 0.01, "fisher": 0.01}
+BASES = {
+    "sgd": lambda p: torch.optim.SGD(p, 0.05, momentum=0.9, weight_decay=5e-4),
+    "adamw": lambda p: torch.optim.AdamW(p, 0.005),
+}
+QUICK = {("all", "sgd"), ("norm", "adamw"), ("random", "sgd"), ("fisher", "adamw")}
+
+
+CASES = [
+    pytest.param(*case, marks=[] if case[1:] in QUICK else [pytest.mark.slow], id="-".join(case))
+    for case in itertools.product(METHODS, MASKS, BASES)
+]
+
+
+def optimizer_of(method, mask, base, *, net="resnet", rho=None, dropout=0.1):
+    model = make(net, dropout=dropout)
+    chosen = build(model, mask, density=MASKS[mask])
+    spec = MethodSpec.parse(method)
+    # A hundredth of the weights, or the norm layers alone, need a larger radius to be felt.
+    rho = spec.info.rho if rho is None else rho
+    optimizer = SAM(BASES[base](model.parameters()), model, mask=chosen, rho=rho, method=spec.build())
+    return model, optimizer, chosen
+
+
+def run(model, optimizer, data, seed=11):
+    torch.manual_seed(seed)
+    for batch in data:
+        optimizer.step_on(losses(model), batch)
+
+
+def everything(model, optimizer):
+    return snapshot(model), buffers(model), state_of(optimizer.base_optimizer), optimizer.memory.state_dict()
+
+
+def loss_of(model, data):
+    model.eval()
+    with torch.no_grad():
+        total = torch.cat([losses(model)(batch) for batch in data]).mean().item()
+    model.train()
+    return total
+
+
+@pytest.mark.parametrize(("method", "mask", "base"), CASES)
+def test_training_lowers_the_loss(method, mask, base):
+    model, optimizer, _ = optimizer_of(method, mask, base)
+    data = batches(2, size=16)
+    run(model, optimizer, data)  # running statistics
+    before = loss_of(model, data)
+    run(model, optimizer, data * 15)
+    assert optimizer.skipped_steps == 0
+    assert loss_of(model, data) < 0.9 * before
+
+
+@pytest.mark.parametrize(("method", "mask", "base"), CASES)
+def test_only_masked_coordinates_move_and_all_come_back(method, mask, base):
+    """At every pass of the step, the weights differ from w on masked coordinates only; a base optimizer that does
+    nothing leaves them as they were, bit for bit."""
+    model, optimizer, chosen = optimizer_of(method, mask, base)
+    data = batches(4, size=8)
+    run(model, optimizer, data[:2])  # what the method remembers
+    for group in optimizer.param_groups:
+        group["lr"], group["weight_decay"] = 0.0, 0.0
+    before = snapshot(model)
+    recorder = Recorder(model)
+    optimizer.step_on(recorder, data[2])
+    optimizer.step_on(recorder, data[3])
+    assert same_bits(snapshot(model), before)
+    keep = dict(zip((row.name for row in ParamTable.from_model(model)), chosen.dense(), strict=True))
+    moved = 0
+    for weights in recorder.weights:
+        for name, weight in weights.items():
+            outside = torch.where(keep[name], 0, weight - before[name])
+            assert not outside.any(), name
+            moved += int((weight != before[name]).sum())
+    assert moved > 0
+
+
+@pytest.mark.parametrize(("method", "mask", "base"), CASES)
+def test_resume_is_bitwise(method, mask, base):
+    data = batches(7, size=8)
+    model, optimizer, _ = optimizer_of(method, mask, base)
+    run(model, optimizer, data)
+    expected = everything(model, optimizer)
+
+    model, optimizer, _ = optimizer_of(method, mask, base)
+    run(model, optimizer, data[:4])
+    rng = torch.get_rng_state()
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    model, optimizer, _ = optimizer_of(method, mask, base)
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(rng)
+    for batch in data[4:]:
+        optimizer.step_on(losses(model), batch)
+    assert same_bits(everything(model, optimizer), expected)
+
+
+@pytest.mark.parametrize(("method", "mask", "base"), CASES)
+def test_differs_from_the_base_optimizer_and_from_sam(method, mask, base):
+    """Every method at its defaults is something of its own (a setting that silently does nothing would not be)."""
+    data = batches(6, size=8)
+    results = {}
+    rho = MethodSpec.parse(method).info.rho
+    for name, radius in ((method, rho), ("sam", rho), ("sam", 0.0)):
+        model, optimizer, _ = optimizer_of(name, mask, base, rho=radius)
+        run(model, optimizer, data)
+        results[name, radius] = snapshot(model)
+    assert not same_bits(results[method, rho], results["sam", 0.0])
+    if method != "sam":
+        assert not same_bits(results[method, rho], results["sam", rho])
+
+
+@pytest.mark.parametrize(("method", "mask", "base"), CASES)
+def test_memory_is_as_stated(method, mask, base):
+    """What is kept from step to step, in entries; the registry states it per masked coordinate or per parameter."""
+    model, optimizer, chosen = optimizer_of(method, mask, base)
+    run(model, optimizer, batches(3, size=8))
+    info = MethodSpec.parse(method).info
+    entries = optimizer.memory.nbytes / 4
+    # A tensor in the dense form holds all its entries; see masks.region.
+    region = sum(w.numel() for w in optimizer._region.weights())
+    stated = info.state_per_masked * region + info.state_per_parameter * chosen.numel
+    assert entries == stated
+
+
+def test_names_options_and_texts():
+    for info in list_methods():
+        assert info.summary
+        assert info.source
+        assert info.passes
+        assert info.tuned_on
+        assert info.rho > 0
+        spec = MethodSpec(info.name)
+        assert str(spec) == info.name
+        assert MethodSpec.parse(str(spec)) == spec
+
+
+def test_unknown_names_and_options_are_refused():
+    with pytest.raises(InputError, match="unknown method 'smam'; did you mean"):
+        MethodSpec.parse("smam")
+    with pytest.raises(InputError, match="unknown option of method asam 'eat'; did you mean eta"):
+        MethodSpec.parse("asam:eat=1")
+    with pytest.raises(InputError, match=r"option eta of method asam must be .*, got 'much'"):
+        MethodSpec.parse("asam:eta=much")
+    with pytest.raises(InputError, match="option 'eta' of method asam must be written option=value"):
+        MethodSpec.parse("asam:eta")
+    model, method = make("resnet"), build_method("sam")
+    with pytest.raises(InputError, match="rule is a part of the method"):
+        SAM(BASES["sgd"](model.parameters()), model, mask=build(model, "all"), rule=method.rule, method=method)
+
+
+def test_options_reach_the_method():
+    assert build_method("asam", p="inf", eta=0.5) != build_method("asam")
+    assert (
+        MethodSpec.parse("asam:scale=layerwise:p=inf").build().rule
+        == build_method("asam", scale="layerwise", p="inf").rule
+    )
