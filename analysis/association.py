@@ -39,6 +39,7 @@ class Association:
         high: upper end.
         confidence: of the interval.
         p: two-sided permutation p value, for Kendall's tau within seeds and within arms; else nan.
+        p_holm: the same after Holm's adjustment over all p values of the call, those of all metrics.
     """
 
     metric: str
@@ -52,6 +53,7 @@ class Association:
     p: float
     n_runs: int
     n_seeds: int
+    p_holm: float = math.nan
 
 
 def associations(
@@ -121,6 +123,9 @@ def associations(
                 numbers = (float(values[0]), *_z_interval(values, n, confidence), confidence)
                 own_p = p.get(scope, math.nan) if kind == "kendall" else math.nan
                 out.append(Association(metric, target, kind, scope, *numbers, own_p, n * k, n))
+    tested = [i for i, one in enumerate(out) if not math.isnan(one.p)]
+    for i, p_holm in zip(tested, holm([out[i].p for i in tested]) if tested else (), strict=True):
+        out[i] = replace(out[i], p_holm=float(p_holm))
     return tuple(out)
 
 
@@ -248,9 +253,11 @@ class SecondaryMetric:
         flattening: see :class:`Mediation`; None where there is a problem.
         indirect: likewise.
         direct: gain at equal sharpness, see :class:`IsoEstimate`; None where that test is not decided.
-        p_flattening: two-sided p value of ``flattening = 0``, adjusted by Holm over the secondary metrics.
-        p_indirect: of ``indirect = 0``, likewise.
-        p_direct: of ``direct = 0``, likewise; a metric on which it is not decided counts as p = 1.
+        raw: two-sided p values of ``flattening = 0``, of ``indirect = 0`` and of ``direct = 0``, not adjusted; 1 where
+            not decided.
+        p_flattening: the first one, adjusted by :func:`adjusted`.
+        p_indirect: the second, likewise.
+        p_direct: the third, likewise.
     """
 
     metric: str
@@ -258,9 +265,26 @@ class SecondaryMetric:
     flattening: Interval | None
     indirect: Interval | None
     direct: Interval | None
-    p_flattening: float
-    p_indirect: float
-    p_direct: float
+    raw: tuple[float, float, float]
+    p_flattening: float = math.nan
+    p_indirect: float = math.nan
+    p_direct: float = math.nan
+
+
+def adjusted(rows: Sequence[SecondaryMetric], num_contrasts: int = 1) -> tuple[SecondaryMetric, ...]:
+    """Adjust by Holm over the rows, each of the three questions for itself.
+
+    Args:
+        rows: metrics, of one contrast or of several.
+        num_contrasts: number of contrasts whose rows are not among these; each counts as much again (Bonferroni).
+    """
+    if not rows:
+        return ()
+    p = np.minimum(1.0, num_contrasts * np.stack([holm(column) for column in np.array([row.raw for row in rows]).T], 1))
+    return tuple(
+        replace(row, p_flattening=float(a), p_indirect=float(b), p_direct=float(c))
+        for row, (a, b, c) in zip(rows, p, strict=True)
+    )
 
 
 def secondary_metrics(
@@ -271,8 +295,9 @@ def secondary_metrics(
     reference: str,
     chosen: Mapping[str, float] | None,
     confidence: float = 0.95,
+    num_contrasts: int = 1,
 ) -> tuple[SecondaryMetric, ...]:
-    """Tests 2 and 3 of the verdict for each of several metrics, adjusted for their number.
+    """Tests 2 and 3 of the verdict for each of several metrics, adjusted for their number and that of the contrasts.
 
     A metric to which they do not apply, one that is not positive, say, is named with its problem and counts as p = 1.
     The intervals are not adjusted. For the arguments see :func:`analysis.reliability.paired_runs`."""
@@ -281,19 +306,12 @@ def secondary_metrics(
         try:
             runs = paired_runs(frame, metric=metric, arm=arm, reference=reference, chosen=chosen)
         except InputError as error:
-            rows.append(SecondaryMetric(metric, str(error), None, None, None, 1.0, 1.0, 1.0))
+            rows.append(SecondaryMetric(metric, str(error), None, None, None, (1.0, 1.0, 1.0)))
             continue
         iso, within = iso_sharpness(runs, confidence=confidence), mediation(runs, confidence=confidence)
         problem = "; ".join(part.reason for part in (iso, within) if part.reason)
         direct, p_direct = (iso.sweep.direct, iso.sweep.p_direct) if iso.sweep else (None, 1.0)
         p_indirect = within.p_indirect if within.decided else 1.0
-        p_values = (within.p_flattening, p_indirect, p_direct)
-        rows.append(SecondaryMetric(metric, problem, within.flattening, within.indirect, direct, *p_values))
-    if not rows:
-        return ()
-    raw = np.array([(row.p_flattening, row.p_indirect, row.p_direct) for row in rows])
-    adjusted = np.stack([holm(column) for column in raw.T], axis=1)
-    return tuple(
-        replace(row, p_flattening=float(a), p_indirect=float(b), p_direct=float(c))
-        for row, (a, b, c) in zip(rows, adjusted, strict=True)
-    )
+        raw = (within.p_flattening, p_indirect, p_direct)
+        rows.append(SecondaryMetric(metric, problem, within.flattening, within.indirect, direct, raw))
+    return adjusted(rows, num_contrasts)

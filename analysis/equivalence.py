@@ -63,6 +63,11 @@ def set_ratios(numerators: Floats, denominators: Floats) -> Floats:
     return np.divide(p, q, out=np.full_like(p, np.nan), where=q > 0)
 
 
+def signed_ratios(parts: Floats, totals: Floats, sign: float) -> Floats:
+    """``part / total`` of each set; nan where the total is 0 or has not the given sign. Shapes (sets,)."""
+    return np.divide(parts, totals, out=np.full_like(totals, np.nan), where=totals * sign > 0)
+
+
 def set_means(values: Floats) -> Floats:
     """Mean over each set of :func:`seed_sets` of one value per seed, shape (n,)."""
     return set_ratios(values, np.ones_like(values))
@@ -80,7 +85,8 @@ def typical_interval(values: Floats, *, estimate: float, n: int, name: str, conf
 
     Returns:
         The closed interval; unbounded on both sides where the seeds cannot give one at this confidence, which with
-        fewer than 6 seeds is so at 0.95.
+        fewer than 6 seeds is so at 0.95. It covers at the least attainable confidence not below the one asked for:
+        for 0.95 with 6 seeds 96.9 %, with 8 seeds 95.3 %, with 12 seeds 95.02 %.
 
     Raises:
         InputError: a confidence outside (0, 1).

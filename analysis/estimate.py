@@ -92,6 +92,7 @@ class PairedComparison:
         p: two-sided sign-flip p value.
         p_holm: the same after Holm's adjustment over the whole family of contrasts.
         n: number of seeds.
+        effect_size: Cohen's d_z, see :func:`analysis.stats.effect_size`.
     """
 
     name: str
@@ -102,3 +103,4 @@ class PairedComparison:
     p: float
     p_holm: float
     n: int
+    effect_size: float

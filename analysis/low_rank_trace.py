@@ -20,7 +20,10 @@ def hutch_pp(operator: SymmetricOperator, *, num_products: int = 60, seed: int =
 
     A third of the products, rounded up, sketch the range, ``Q = orth(A S)``; a third give ``tr(Q^T A Q)`` exactly; the
     rest, l of them, are Hutchinson's estimate of ``tr((I - Q Q^T) A (I - Q Q^T))``. Given Q the estimate is unbiased,
-    so the standard error is that of a mean over the last l. Keeps ``num_products / 3`` vectors in float64, three times.
+    so the standard error is that of a mean over the last l. The 95 % t interval (l - 1 degrees of freedom) held the
+    true trace in 92.5 to 95.5 % of 400 seeds on Hessians of three small networks with 30 and with 60 products; in
+    88.5 % with 30 where the spectrum decays as 0.7^i, since the l samples are then skewed. Keeps ``num_products / 3``
+    vectors in float64, three times.
 
     Args:
         operator: A.
@@ -52,10 +55,12 @@ def xtrace(operator: SymmetricOperator, *, num_products: int = 60, seed: int = 0
 
     each of which is unbiased, in ``2 m`` products: ``A Omega`` and ``A Q`` for the Q of all of them. The standard error
     is that of the jackknife: the whole estimate made anew without each of the vectors, which needs no product. It is
-    conservative (Efron and Stein 1981): measured on Hessians of small networks, and on linear and 1/i spectra, with
-    m = 20 it is 1.3 to 1.9 times the true one, and more where the spectrum decays exponentially. The authors' own,
-    ``sum_i (t_i - mean)^2 / (m (m - 1))``, takes the t_i, exchangeable but not independent, for independent, and was
-    0.75 to 0.85 of the true one on those Hessians. Keeps m vectors in float64, four times.
+    conservative (Efron and Stein 1981): over 400 seeds on Hessians of three small networks it was 1.5 to 2.0 times the
+    true one for m = 10 to 30, and the 95 % t interval held the true trace in 98.5 to 100 %; for a flat spectrum 1.2
+    to 1.4 times, for one that decays as 0.7^i 3 to 5 times. For an interval that is as wide as it says, take
+    :func:`hutch_pp`. The authors' own, ``sum_i (t_i - mean)^2 / (m (m - 1))``, takes the t_i, exchangeable but not
+    independent, for independent, and was 0.75 to 0.85 of the true one on those Hessians. Keeps m vectors in float64,
+    four times.
 
     Args:
         operator: A.

@@ -10,7 +10,14 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 from scipy.special import comb
 
-from analysis.equivalence import seed_contributions, set_means, set_ratios, typical_interval, typical_p
+from analysis.equivalence import (
+    seed_contributions,
+    set_means,
+    set_ratios,
+    signed_ratios,
+    typical_interval,
+    typical_p,
+)
 from analysis.estimate import Interval
 from analysis.reliability import PairedRuns
 from masks.errors import InputError
@@ -150,7 +157,7 @@ def mediation(runs: PairedRuns, *, confidence: float = 0.95) -> Mediation:
     whole = interval("gain, points", totals, mean_total)
     share = None
     if not whole.low <= 0 <= whole.high:
-        shares = np.where(totals * mean_total > 0, indirects / totals, np.nan)
+        shares = signed_ratios(indirects, totals, mean_total)
         share = interval("share of the gain through sharpness", shares, indirect / mean_total)
     slope = interval("gain per unit of flatness, points", slopes[0], float(theta[0]))
     through = interval("gain through sharpness, points", indirects, indirect)

@@ -106,11 +106,14 @@ def run_grid(frame: pd.DataFrame, columns: Sequence[str], arms: Sequence[str] | 
     cells = sorted({(str(arm), float(rho)) for arm, rho in zip(rows["arm"], rows["rho"], strict=True)})
     number = {cell: i for i, cell in enumerate(cells)}
     cell = [number[str(arm), float(rho)] for arm, rho in zip(rows["arm"], rows["rho"], strict=True)]
-    absent = len(seeds) * len(cells) - len(rows)
-    if absent:
+    there = np.zeros((len(seeds), len(cells)), dtype=np.bool_)
+    there[seed, cell] = True
+    if not there.all():
+        s, c = np.argwhere(~there)[0]
         raise InputError(
-            f"{absent} runs are missing: {len(rows)} of {len(seeds)} seeds x {len(cells)} pairs of arm and rho; leave "
-            "out the radii or seeds that are not complete"
+            f"{int((~there).sum())} runs are missing: {len(rows)} of {len(seeds)} seeds x {len(cells)} pairs of arm and"
+            f" rho, for one {cells[c][0]} at rho = {cells[c][1]:g}, seed {seeds[s]}; leave out the radii or seeds that "
+            "are not complete"
         )
     values = {}
     for column in columns:
@@ -186,7 +189,10 @@ def _chosen(cells: Sequence[Cell], arm: str, chosen: Mapping[str, float]) -> int
 def _log(values: Floats, column: str) -> Floats:
     low = int((values <= 0).sum())
     if low:
-        raise InputError(f"column {column}: {low} of {values.size} values are not positive and have no logarithm")
+        raise InputError(
+            f"column {column}: {low} of {values.size} values are not positive and have no logarithm; measure it at a "
+            "larger radius or name another metric"
+        )
     return np.asarray(np.log(values))
 
 

@@ -179,6 +179,22 @@ def seeds_needed(num_contrasts: int, alpha: float = 0.05) -> int:
     return n
 
 
+def effect_size(differences: ArrayLike) -> float:
+    """Cohen's (1988) ``d_z``: the mean of paired differences over their standard deviation, ``ddof = 1``.
+
+    It estimates with few seeds too large: by 19 % with 6 and by 13 % with 8 of them (Hedges 1981).
+
+    Returns:
+        nan for one seed and for differences that do not vary.
+
+    Raises:
+        InputError: not a non-empty list of finite numbers.
+    """
+    d = _finite(differences, "differences")
+    spread = float(d.std(ddof=1)) if len(d) > 1 else 0.0
+    return float(d.mean()) / spread if spread > 1e-12 * float(np.abs(d).max()) else math.nan
+
+
 def compare_paired(
     differences: Mapping[str, ArrayLike], *, confidence: float = 0.95, seed: int = 0
 ) -> tuple[PairedComparison, ...]:
@@ -196,9 +212,10 @@ def compare_paired(
         raise InputError("no contrast to compare")
     intervals = [mean_interval(d, name=name, confidence=confidence) for name, d in differences.items()]
     p_values = [sign_flip_p(d, seed=seed) for d in differences.values()]
+    sizes = [effect_size(d) for d in differences.values()]
     return tuple(
-        PairedComparison(i.name, i.value, i.low, i.high, confidence, p, float(p_holm), i.n)
-        for i, p, p_holm in zip(intervals, p_values, holm(p_values), strict=True)
+        PairedComparison(i.name, i.value, i.low, i.high, confidence, p, float(p_holm), i.n, size)
+        for i, p, p_holm, size in zip(intervals, p_values, holm(p_values), sizes, strict=True)
     )
 
 

@@ -46,6 +46,8 @@ class StudyDesign:
         seed_flatness_sd: of the seeds' part of flatness.
         seed_sd: of the seeds' part of the gain, shared by all arms.
         noise_sd: of the runs' part of the gain; a difference of two arms varies by ``2^(1/2)`` times as much.
+        test_images: round the test error to a whole number of so many, so that there are ties; 0 for no rounding.
+        baseline: the reference has one radius only, rho = 0, of the flatness and gain of its chosen one.
     """
 
     mechanism: Mechanism = "full"
@@ -62,6 +64,8 @@ class StudyDesign:
     seed_flatness_sd: float = 0.15
     seed_sd: float = 0.2
     noise_sd: float = 0.2
+    test_images: int = 0
+    baseline: bool = False
 
     def __post_init__(self) -> None:
         if self.mechanism not in SHARE:
@@ -70,12 +74,14 @@ class StudyDesign:
             raise InputError(f"need 0 < reliability <= 1 of a known scope, got {self.reliability} of {self.scope!r}")
         if self.seeds < 1 or self.radii < 1 or self.arms < 2:
             raise InputError(f"need seeds, radii >= 1 and arms >= 2, got {self.seeds}, {self.radii} and {self.arms}")
+        if not self.flattening and self.mechanism != "none":
+            raise InputError(f"a gain by {self.mechanism!r} needs a flattening, got 0")
 
     @property
     def slope(self) -> float:
         """Points per unit of flatness that would make the gain, or the share that is to go through sharpness."""
         share = SHARE[self.mechanism] if not self.mechanism.startswith("confounded") else 1.0
-        return share * self.gain / self.flattening
+        return share * self.gain / self.flattening if share else 0.0
 
     @property
     def error_sd(self) -> float:
@@ -101,7 +107,8 @@ class StudyDesign:
     @property
     def chosen(self) -> dict[str, float]:
         """The radius of each arm at which the gain is reported."""
-        return {f"arm{j}": self._rho(self.radii // 2) for j in range(self.arms)}
+        chosen = {f"arm{j}": self._rho(self.radii // 2) for j in range(self.arms)}
+        return chosen | {"arm0": 0.0} if self.baseline else chosen
 
     def _rho(self, r: int) -> float:
         return round(0.02 * 2 ** (r / 2), 6)
@@ -134,12 +141,13 @@ class StudyDesign:
         measured = -flatness[None] + self.error_sd * rng.standard_normal((2, *shape))
         decoy = rng.standard_normal((2, *shape))
         s, a, r = (index.ravel() for index in np.indices(shape))
-        return pd.DataFrame(
+        error = (20 - gain.ravel()) / 100
+        frame = pd.DataFrame(
             {
                 "arm": [f"arm{j}" for j in a],
                 "seed": s,
                 "rho": [self._rho(j) for j in r],
-                "test_error": (20 - gain.ravel()) / 100,
+                "test_error": np.round(error * self.test_images) / self.test_images if self.test_images else error,
                 "train_error": 0.01 + 0.001 * rng.random(s.size),
                 "train_loss": 0.05 + 0.01 * r + 0.002 * rng.random(s.size),
                 "weight_norm": 30 + rng.random(s.size),
@@ -148,4 +156,10 @@ class StudyDesign:
                 "decoy": np.exp(decoy[0].ravel()),
                 "decoy_repeat": np.exp(decoy[1].ravel()),
             }
+        )
+        if not self.baseline:
+            return frame
+        chosen = frame["rho"] == self._rho(self.radii // 2)
+        return frame[(frame["arm"] != "arm0") | chosen].assign(
+            rho=lambda kept: kept["rho"].where(kept["arm"] != "arm0", 0)
         )

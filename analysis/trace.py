@@ -94,7 +94,8 @@ def moments(
     Standard errors are those of means over the probes; of the norm by the delta method; of the effective rank by the
     jackknife, which also removes its bias of order 1 / num_probes. They are as good as the means are near normal: where
     one eigenvalue dominates and is not deflated, samples are skewed (for 30 probes a variance of the z scores of 1.7
-    instead of 1 was measured).
+    instead of 1 was measured). With five pairs deflated, the 95 % t interval of the trace held the true one in 94 to
+    96 % of 400 seeds with 20 probes, and in 93 to 95 % with 10, on Hessians of three small networks.
 
     Args:
         operator: A.

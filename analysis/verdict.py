@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 
-from analysis.association import Association, SecondaryMetric, associations, secondary_metrics
+from analysis.association import CONTROLS, Association, SecondaryMetric, adjusted, associations, secondary_metrics
 from analysis.equivalence import MARGIN_POINTS, Equivalence, equivalence
-from analysis.estimate import Interval
+from analysis.estimate import Interval, PairedComparison
 from analysis.iso_sharpness import ASSUMPTIONS as ISO_ASSUMPTIONS
 from analysis.iso_sharpness import IsoSharpness, iso_sharpness
 from analysis.mediation import ASSUMPTIONS as MEDIATION_ASSUMPTIONS
 from analysis.mediation import Mediation, SignAgreement, mediation, sign_agreement
-from analysis.reliability import Reliability, paired_runs, reliability
-from analysis.stats import seeds_needed, sign_flip_p
+from analysis.reliability import REPEAT, PairedRuns, Reliability, paired_runs, reliability
+from analysis.stats import compare_paired, holm, seeds_needed
 from masks.errors import InputError, unknown_name
 
 Word = Literal["explained", "partly", "not explained", "not identified", "too few seeds"]
@@ -40,14 +40,17 @@ class Verdict:
         confidence: of every interval here: ``1 - alpha / num_contrasts``.
         margin: of equivalence, points.
         p_total: two-sided sign-flip p value of the total gain, not adjusted for ``num_contrasts``.
+        gain: the total gain once more, as a paired comparison: t interval at ``confidence``, effect size, sign-flip p
+            value before and after adjustment for the number of contrasts, by Bonferroni, in :func:`verdicts` by Holm.
         equivalence: of the total gain with 0, at level ``alpha / num_contrasts``.
-        reliability: of the primary metric within seeds and within cells; empty where it was not measured twice.
+        reliability: of each metric that was measured twice, within seeds and within cells, the primary first.
         signs: test 1, over the pairs at the chosen radii.
         iso: test 2.
         mediation: test 3; holds the total gain and the flattening.
         secondary: the other metrics.
         associations: rank correlations of the metrics that all runs have; empty where none were asked for.
         assumptions: what tests 2 and 3 take for granted.
+        notes: what was left out, and what this number of seeds cannot show.
     """
 
     word: Word
@@ -69,6 +72,45 @@ class Verdict:
     secondary: tuple[SecondaryMetric, ...]
     associations: tuple[Association, ...]
     assumptions: tuple[str, ...]
+    gain: PairedComparison
+    notes: tuple[str, ...]
+
+
+def verdicts(
+    frame: pd.DataFrame, contrasts: Sequence[tuple[str, str]], *, resamples: int = 1999, **settings: Any
+) -> tuple[Verdict, ...]:
+    """The verdict on each contrast of a study, adjusted for their number.
+
+    Intervals, and so the words, by Bonferroni; p values of the total gains by Holm over the contrasts, those of the
+    secondary metrics by Holm over contrasts and metrics.
+
+    Args:
+        frame: the study; see :func:`verdict`.
+        contrasts: pairs of arm and reference.
+        resamples: see :func:`verdict`.
+        settings: the other arguments of :func:`verdict`.
+
+    Raises:
+        InputError: no contrast, one named twice, or see :func:`verdict`.
+    """
+    if not contrasts or len(set(contrasts)) < len(contrasts):
+        raise InputError(f"need one or more different contrasts, got {len(contrasts)}, {len(set(contrasts))} different")
+    several = {"num_contrasts": len(contrasts)}
+    found = [
+        verdict(frame, arm=arm, reference=reference, resamples=0 if i else resamples, **settings | several)
+        for i, (arm, reference) in enumerate(contrasts)
+    ]
+    p_holm = holm([one.p_total for one in found])
+    secondary = iter(adjusted([row for one in found for row in one.secondary]))
+    return tuple(
+        replace(
+            one,
+            gain=replace(one.gain, p_holm=float(p)),
+            secondary=tuple(next(secondary) for _ in one.secondary),
+            associations=found[0].associations,
+        )
+        for one, p in zip(found, p_holm, strict=True)
+    )
 
 
 def verdict(
@@ -117,17 +159,30 @@ def verdict(
     iso, within = iso_sharpness(runs, confidence=1 - level), mediation(runs, confidence=1 - level)
     gains = runs.contrast(runs.gain)
     signs = sign_agreement(gains, runs.contrast(runs.flatness), confidence=1 - level)
-    equal = equivalence(gains, margin=margin, alpha=level, name=f"gain of {arm} over {reference}, points")
+    name = f"gain of {arm} over {reference}, points"
+    equal = equivalence(gains, margin=margin, alpha=level, name=name)
+    (gain,) = compare_paired({name: gains}, confidence=1 - level)
+    gain = replace(gain, p_holm=min(1.0, num_contrasts * gain.p))
     word, reasons = decide(
-        within, iso, signs, seeds=runs.n, needed=needed, margin=margin, min_robustness=min_robustness
+        within, iso, signs, seeds=runs.n, needed=needed, margin=margin, min_robustness=min_robustness, equal=equal
     )
-    both = frame.loc[frame["arm"].isin([arm, reference])]
-    whole = [m for m in secondary if np.isfinite(pd.to_numeric(frame[m], errors="coerce")).all()]
-    repeated = runs.repeats is not None and len(runs.radii) > 1
+    others = secondary_metrics(
+        frame, secondary, arm=arm, reference=reference, chosen=chosen, confidence=1 - level, num_contrasts=num_contrasts
+    )
+    repeats = _reliabilities(frame, runs, [primary, *secondary])
+    own = [one for one in repeats if one.metric == primary]
+    ranked, notes = _associations(frame, runs, primary, secondary, resamples) if resamples else ((), ())
+    needed_by_all = seeds_needed(num_contrasts * len(secondary), alpha) if secondary else 0
+    if runs.n < needed_by_all:
+        notes += (
+            f"secondary metrics: after Holm over {len(secondary)} metrics and {num_contrasts} contrasts no p value can "
+            f"pass with fewer than {needed_by_all} seeds, there are {runs.n}",
+        )
+    title = f"{arm} against {reference}, {runs.n} seeds, by {primary}"
     return Verdict(
         word=word,
         reasons=reasons,
-        lines=_lines(word, reasons, f"{arm} against {reference}, {runs.n} seeds, by {primary}", within, iso, equal),
+        lines=_lines(word, reasons, title, within, iso, equal, gain, signs, own),
         arm=arm,
         reference=reference,
         metric=primary,
@@ -135,18 +190,50 @@ def verdict(
         seeds_needed=needed,
         confidence=1 - level,
         margin=margin,
-        p_total=sign_flip_p(gains),
+        p_total=gain.p,
         equivalence=equal,
-        reliability=(reliability(both, primary), reliability(both, primary, scope="within_cell")) if repeated else (),
+        reliability=repeats,
         signs=signs,
         iso=iso,
         mediation=within,
-        secondary=secondary_metrics(
-            frame, secondary, arm=arm, reference=reference, chosen=chosen, confidence=1 - level
-        ),
-        associations=associations(frame, [primary, *whole], resamples=resamples) if resamples else (),
+        secondary=others,
+        associations=ranked,
         assumptions=ISO_ASSUMPTIONS + MEDIATION_ASSUMPTIONS,
+        gain=gain,
+        notes=notes,
     )
+
+
+def _reliabilities(frame: pd.DataFrame, runs: PairedRuns, metrics: Sequence[str]) -> tuple[Reliability, ...]:
+    """Of each metric that can be judged; one that is not complete or does not vary has none."""
+    both = frame.loc[frame["arm"].isin([runs.arm, runs.reference])]
+    out = []
+    for metric in metrics:
+        if metric + REPEAT in frame.columns:
+            try:
+                out += [reliability(both, metric, scope=scope) for scope in ("within_seed", "within_cell")]
+            except InputError:
+                continue
+    return tuple(out)
+
+
+def _associations(
+    frame: pd.DataFrame, runs: PairedRuns, primary: str, secondary: Sequence[str], resamples: int
+) -> tuple[tuple[Association, ...], tuple[str, ...]]:
+    """Over all arms, and what that leaves out: pairs of arm and rho that not all seeds have, columns with gaps."""
+    seeds = frame.loc[frame["arm"] == runs.arm, "seed"].unique()
+    rows = frame.loc[frame["seed"].isin(seeds)]
+    numbers = rows[["test_error", primary]].apply(pd.to_numeric, errors="coerce")
+    fine = rows.assign(whole=np.isfinite(numbers).all(axis=1))
+    cells = fine.groupby(["arm", "rho"])["whole"].agg(["sum", "size"])
+    complete = (cells["sum"] == len(seeds)) & (cells["size"] == len(seeds))
+    kept = rows.loc[pd.MultiIndex.from_frame(rows[["arm", "rho"]]).isin(complete.index[complete])]
+    partial = [column for column in {*secondary, "train_error", *CONTROLS} & {*map(str, rows.columns)}
+               if not np.isfinite(pd.to_numeric(kept[column], errors="coerce")).all()]  # fmt: skip
+    left_out = [f"{arm} at rho = {rho:g}" for arm, rho in complete.index[~complete]] + sorted(partial)
+    note = (f"rank correlations leave out what not all seeds have: {', '.join(left_out)}",) if left_out else ()
+    kept = kept.drop(columns=partial)
+    return associations(kept, [m for m in (primary, *secondary) if m in kept.columns], resamples=resamples), note
 
 
 def decide(
@@ -158,6 +245,7 @@ def decide(
     needed: int,
     margin: float = MARGIN_POINTS,
     min_robustness: float = 0.1,
+    equal: Equivalence | None = None,
 ) -> tuple[Word, tuple[str, ...]]:
     """The verdict's word and its reasons. The first rule that holds decides; "above" and "below" are of intervals.
 
@@ -190,11 +278,12 @@ def decide(
         needed: number of seeds from which a result could pass.
         margin: points.
         min_robustness: in [0, 1].
+        equal: the equivalence test of the total gain, for the reason that rule 2 gives.
     """
     if seeds < needed:
         return "too few seeds", (f"{seeds} seeds; with fewer than {needed} no result could pass",)
     if not within.total.low > 0:
-        return "not identified", ("there is no gain to explain: the interval of the total gain is not above 0",)
+        return "not identified", (_no_gain(within.total, equal),)
     if within.flattening.high < 0:
         return "not explained", ("the arm's minima are sharper, not flatter, by this metric",)
     undecided = tuple(part.reason for part in (iso, within) if not part.decided)
@@ -227,6 +316,15 @@ def decide(
     return "not identified", (*_disagreement(known[:-1], known[-1]), *missing)
 
 
+def _no_gain(total: Interval, equal: Equivalence | None) -> str:
+    if total.high < 0:
+        return "there is no gain to explain: the arm is worse"
+    if equal and equal.equivalent:
+        return f"there is no gain to explain: the arms are equivalent within {equal.margin:g} points"
+    worse = f", though it is not worse by more than {equal.margin:g} points" if equal and equal.not_worse else ""
+    return f"there is no gain to explain: the interval of the total gain is not above 0{worse}"
+
+
 def _contradictions(iso: IsoSharpness) -> tuple[str, ...]:
     out = []
     for fit in (iso.sweep, iso.retest):
@@ -242,7 +340,9 @@ def _missing_evidence(within: Mediation, signs: SignAgreement, min_robustness: f
     out = []
     if not within.flattening.low > 0:
         out.append("the arm is not shown to be flatter")
-    if within.robustness_low < min_robustness:
+    if within.robustness_low == 0:
+        out.append("between runs of the same arm and rho the interval of the slope of error on sharpness includes 0")
+    elif within.robustness_low < min_robustness:
         out.append(
             f"a common cause of R2 {within.robustness_low:.2f} with sharpness and error could make the link between "
             f"runs ({min_robustness:g} is asked for)"
@@ -265,34 +365,70 @@ def _disagreement(sweep: Sequence[Interval], within: Interval) -> tuple[str, ...
             f"the evidence conflicts: through sharpness goes {text} of the gain along the sweep, but {says(within)} "
             "between runs of the same arm and rho; one of them has another cause",
         )
-    return (f"through sharpness goes {text} of the gain along the sweep, {says(within)} between runs of the same cell",)
+    low, high = min(share.low for share in sweep), max(share.high for share in sweep)
+    return (
+        f"the share through sharpness is not settled: {100 * low:.0f} to {100 * high:.0f} % of the gain along the sweep"
+        f", {100 * within.low:.0f} to {100 * within.high:.0f} % between runs of the same arm and rho",
+    )
 
 
 def _lines(
-    word: Word, reasons: Sequence[str], title: str, within: Mediation, iso: IsoSharpness, equal: Equivalence
+    word: Word,
+    reasons: Sequence[str],
+    title: str,
+    within: Mediation,
+    iso: IsoSharpness,
+    equal: Equivalence,
+    gain: PairedComparison,
+    signs: SignAgreement,
+    repeats: Sequence[Reliability],
 ) -> tuple[str, ...]:
+    close = ""
+    if equal.equivalent:
+        close = f"; equivalent to 0 within {equal.margin:g}"
+    elif equal.not_worse and within.total.low <= 0:
+        close = f"; not worse by more than {equal.margin:g}"
     lines = [
         f"{title}: {word.upper()}.",
         *(f"Because {reason}." for reason in reasons),
-        f"Total gain {_shown(within.total)} points"
-        + (f"; equivalent to 0 within {equal.margin:g}" if equal.equivalent else "")
-        + f"; flatter by {_shown(within.flattening)} log units of sharpness.",
+        f"Total gain {_shown(within.total)} points{close}; flatter by {_shown(within.flattening)} log units.",
+        f"Sign-flip p {gain.p:.2g}, by Bonferroni {gain.p_holm:.2g}; t interval [{gain.low:+.2f}, {gain.high:+.2f}]; "
+        f"effect size d_z {gain.effect_size:.2f}.",
+        f"Signs agree in {signs.agree} of {signs.n} pairs ({signs.ties} ties): {signs.agreement:.2f} [{signs.low:.2f}, "
+        f"{signs.high:.2f}]; the arms' own signs imply {signs.implied:.2f}, p {signs.p:.2g}.",
     ]
     for fit in (iso.sweep, iso.retest):
         if fit is not None:
             lines.append(
-                f"At equal sharpness ({fit.correction}): {_shown(fit.direct)} points; the rest {_shown(fit.indirect)}."
+                f"At equal sharpness ({fit.correction}): {_shown(fit.direct)} points; the rest {_shown(fit.indirect)}"
+                f"{_shown_share(fit.share)}."
             )
+    if iso.interpolated is not None:
+        lines.append(f"At equal sharpness by interpolation: {_shown(iso.interpolated)} points.")
+    elif iso.reason not in reasons:
+        lines.append(f"At equal sharpness: {iso.reason}.")
     undone = f"; a common cause of R2 {within.robustness_low:.2f} with sharpness and error could make it all"
     lines.append(
         f"Mediation within seeds: {_shown(within.indirect)} points through sharpness"
         + (undone if within.robustness_low > 0 else "")
-        + f"; {_shown(within.direct)} points not."
+        + f"; {_shown(within.direct)} points not{_shown_share(within.share)}"
+        + (f"; {within.reason}" if within.reason and within.reason not in reasons else "")
+        + "."
     )
+    for one in repeats:
+        scope = one.scope.replace("_", " ")
+        lines.append(f"Reliability of {one.metric} {scope}: {one.value:.2f} [{one.low:.2f}, {one.high:.2f}].")
     return tuple(lines)
 
 
+def _shown_share(share: Interval | None) -> str:
+    if share is None or not math.isfinite(share.low):
+        return ""
+    return f"; share {100 * share.value:.0f} % [{100 * share.low:.0f}, {100 * share.high:.0f}]"
+
+
 def _shown(interval: Interval) -> str:
-    if not math.isfinite(interval.low):
-        return "[unbounded]"
-    return f"{interval.value:+.2f} [{interval.low:+.2f}, {interval.high:+.2f}]"
+    if math.isnan(interval.value):
+        return "unknown"
+    ends = f"[{interval.low:+.2f}, {interval.high:+.2f}]" if math.isfinite(interval.low) else "[unbounded]"
+    return f"{interval.value:+.2f} {ends}"

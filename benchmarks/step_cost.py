@@ -12,31 +12,23 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import random
-import statistics
-import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.models import MODELS
+from benchmarks.timing import Step, environment, measure, quartiles, ratios
 from masks import Budget, Mask, MaskContext, Region, build_mask
 from sam import SAM
 
 SCHEMA = "sam-masks/benchmarks/step_cost/1"
-WARM_UP = 2
 ALL_AT_MOST, NORM_AT_MOST, NORM_OF_ALL_AT_MOST, HELD_AT_MOST = 2.10, 1.85, 0.90, 0.01
-
-Step = Callable[[], object]
 
 
 def losses(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -86,43 +78,6 @@ def make_steps(model: nn.Module, batch: tuple[Tensor, Tensor], masks: dict[str, 
     }
 
 
-def clock(step: Step, device: torch.device) -> float:
-    """Seconds of one step: CPU time of this process, or device time between two events."""
-    if device.type != "cuda":
-        start = time.process_time()
-        step()
-        return time.process_time() - start
-    first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize()
-    first.record()
-    step()
-    last.record()
-    torch.cuda.synchronize()
-    return first.elapsed_time(last) / 1e3
-
-
-def measure(steps: dict[str, Step], rounds: int, seed: int, device: torch.device) -> list[dict[str, Any]]:
-    """Every round: the order it ran in, and seconds per variant."""
-    shuffle = random.Random(seed)
-    out = []
-    for i in range(WARM_UP + rounds):
-        order = list(steps)
-        shuffle.shuffle(order)
-        seconds = {name: clock(steps[name], device) for name in order}
-        if i >= WARM_UP:
-            out.append({"order": order, "seconds": seconds})
-    return out
-
-
-def quartiles(values: list[float]) -> dict[str, float]:
-    low, _, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
-    return {"median": statistics.median(values), "q1": low, "q3": high}
-
-
-def ratios(rounds: list[dict[str, Any]], over: str, under: str) -> dict[str, float]:
-    return quartiles([r["seconds"][over] / r["seconds"][under] for r in rounds])
-
-
 def flop_limits(model: nn.Module, batch: tuple[Tensor, Tensor], masks: dict[str, Mask]) -> dict[str, float]:
     """Floating-point operations of a step with each mask, in units of one forward and backward pass.
 
@@ -157,25 +112,6 @@ def held_bytes(model: nn.Module, masks: dict[str, Mask]) -> dict[str, dict[str, 
             "share_of_parameters": (backup + region.index_nbytes) / parameters,
         }
     return out
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    name = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "platform": platform.platform(),
-        "cpu": name,
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "cpu_count": os.cpu_count(),
-        "load_average": list(os.getloadavg()),
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-    }
 
 
 def targets(result: dict[str, Any]) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ import pytest
 from scipy import stats as scipy_stats
 
 from analysis import association
-from analysis.association import associations, secondary_metrics
+from analysis.association import adjusted, associations, secondary_metrics
 from analysis.stats import holm
 from analysis.synthetic import StudyDesign
 from masks.errors import InputError
@@ -136,6 +136,13 @@ def test_what_does_not_vary_has_no_correlation(frame):
     assert all(math.isnan(a.value) and math.isnan(a.low) for a in found if a.metric == "sharpness")
 
 
+def test_interval_on_fishers_scale_by_hand():
+    # z of the study 0.5; draws 0.3, 0.5, 0.7 with s = 0.2; n = 4: 0.2 sqrt(4 / 3) t_{3, 0.975}, t from the table.
+    low, high = association._z_interval(np.tanh([0.5, 0.3, 0.5, 0.7]), 4, 0.95)
+    half = 0.2 * math.sqrt(4 / 3) * 3.182446305284263
+    assert (low, high) == (pytest.approx(math.tanh(0.5 - half)), pytest.approx(math.tanh(0.5 + half)))
+
+
 def test_a_perfect_correlation_gets_no_interval():
     rows = [{"arm": "a", "seed": s, "rho": r, "test_error": 0.1 * s + 0.01 * r, "m": 1.0 + s + 0.1 * r}
             for s in range(4) for r in range(4)]  # fmt: skip
@@ -171,3 +178,15 @@ def test_secondary_metrics_are_adjusted_and_problems_named():
     assert "not decided" in got[1].problem
     assert got[1].p_indirect == 1.0
     assert secondary_metrics(frame, [], arm="arm1", reference="arm0", chosen=design.chosen) == ()
+    several = secondary_metrics(frame, names, arm="arm1", reference="arm0", chosen=design.chosen, num_contrasts=4)
+    for one, four in zip(got, several, strict=True):
+        assert four.p_flattening == pytest.approx(min(1.0, 4 * one.p_flattening))
+    joint = adjusted([*got, *got])  # Holm over both contrasts, from the raw values
+    assert [row.p_direct for row in joint] == pytest.approx(holm([row.raw[2] for row in [*got, *got]]))
+
+
+def test_p_values_of_rank_correlations_are_adjusted_over_all_of_them(found):
+    tested = [a for a in found if not math.isnan(a.p)]
+    assert len(tested) == 2 * 2 * 2  # metrics, targets, strata
+    assert [a.p_holm for a in tested] == pytest.approx(holm([a.p for a in tested]))
+    assert all(math.isnan(a.p_holm) for a in found if math.isnan(a.p))

@@ -13,6 +13,7 @@ from analysis.arpack import eigsh
 from analysis.eigen import EigenPairs, eigenpairs, lambda_max
 from analysis.krylov import Lanczos
 from analysis.operator import HessianOperator
+from benchmarks.curvature import krylov_limit
 from masks.errors import InputError
 from masks.mask import Mask
 from masks.params import ParamTable
@@ -230,20 +231,12 @@ def right(found: EigenPairs, matrix: Tensor, k: int) -> None:
             assert sign * result.value - r <= sign * value <= out, (result.value, value)
 
 
-def oracle_stop(operator: HessianOperator, exact: np.ndarray, seed: int) -> int:
-    """Fewest products after which any method of one Krylov space has the values to 1e-5: they are Rayleigh-Ritz."""
-    start = torch.randn(operator.dimension, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    run = Lanczos(operator, start)
-    while True:
-        run.step()
-        top_values = run.values[::-1][: len(exact)]
-        if len(top_values) == len(exact) and np.abs(top_values / exact - 1).max() < 1e-5:
-            return len(run.basis)
-
-
 def test_top_five_of_a_network_in_float32(case):
-    """Errors below 1e-5, with at most two products more than the best stop: 15 to 22 on these nets."""
-    exact, counts = ends(case.hessian, 5)[0], []
+    """Errors below 1e-5, with at most one product more than any stop of any Krylov method: 14 to 22 on these nets.
+
+    The target was 15; from these start vectors no method that multiplies one vector at a time can do it on two of them.
+    """
+    exact, counts, spent = ends(case.hessian, 5)[0], [], 0
     with HessianOperator(case.fresh(torch.float32), case.batches) as operator:
         for seed in range(3):
             found = eigenpairs(operator, 5, seed=seed)
@@ -254,7 +247,9 @@ def test_top_five_of_a_network_in_float32(case):
             assert found.num_products_check <= 14
             counts.append(found.num_products - found.num_products_check)
             assert found.largest[0].num_products == counts[-1]
-            assert counts[-1] <= oracle_stop(operator, exact, seed) + 2
+            assert counts[-1] <= krylov_limit(case.hessian, exact, seed) + 1
+            before, spent = spent, operator.num_products
+            assert found.num_products == spent - before  # nothing is left out of the count
         if case.name != "vit":  # whose fifth and sixth differ by a fifth only
             assert min(counts) <= 15
         unchecked = eigenpairs(operator, 5, check=False)
@@ -356,6 +351,45 @@ def test_the_risk_bounds_how_often_a_hidden_eigenvalue_stays_hidden():
         assert mirror.risk(-1.2, -1) == pytest.approx(risks[-1], rel=1e-6)
     assert all(b <= a for a, b in pairwise(risks))
     assert risks[-1] < 1e-4
+
+
+@pytest.mark.parametrize("tol", [3e-2, 1e-2])
+def test_residuals_of_later_runs_include_what_the_earlier_left(tol):
+    """Each run searches the complement of pairs that are no exact eigenvectors."""
+    matrix = symmetric(np.concatenate([[10.0, 10.0, 7.0, 7.0, 7.0, 3.0], np.linspace(-1, 1, 150)]))
+    for seed in range(10):
+        for result in eigenpairs(Dense(matrix), 5, tol=tol, seed=seed, keep_vectors=True).largest:
+            true = float((matrix @ result.vector - result.value * result.vector).norm())
+            assert true <= result.residual * (1 + 1e-6)
+
+
+def test_rounding_in_the_complement_is_that_of_the_whole_matrix():
+    """Products there still pass through the entries of a float32 matrix of norm 1e6."""
+    matrix = symmetric(np.concatenate([[1e6], np.linspace(0, 1, 99)])).float()
+    matrix = (matrix + matrix.T) / 2
+    top_vector = torch.linalg.eigh(matrix.double()).eigenvectors[:, -1].float()
+    start = torch.randn(100, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    run = Lanczos(Dense(matrix), start, against=[top_vector], norm=1e6)
+    run.step()
+    q = run.basis[0]
+    error = float((matrix.double() @ q.double() - (matrix @ q).double()).norm())
+    assert error <= run.rounding <= 1e3 * error
+
+
+def test_the_check_leaves_equals_of_the_kth_alone():
+    """A second eigenvalue of 2 does not belong to the five; only what lies beyond the slack must be ruled out."""
+    matrix = symmetric(np.concatenate([[10.0, 8.0, 6.0, 4.0, 2.0, 2.0], np.linspace(-1, 1, 150)]))
+    found = eigenpairs(Dense(matrix), 5)
+    assert found.complete
+    assert found.num_products_check <= 15  # 18, were it to search for what equals the fifth
+
+
+def test_the_risks_of_independent_runs_multiply():
+    """In float32 one run leaves a risk of 5e-3 that 5 + its slack is hidden behind 5; the second makes it 3e-5."""
+    found = eigenpairs(Dense(5 * torch.eye(50)), 3)
+    assert found.complete
+    assert found.risk < 1e-4
+    assert (found.num_products, found.num_products_check) == (5, 2)
 
 
 def test_too_few_products_is_reported():

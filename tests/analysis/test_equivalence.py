@@ -19,6 +19,7 @@ from analysis.equivalence import (
     set_means,
     set_ratios,
     sign_flip_interval,
+    signed_ratios,
     typical_interval,
     typical_p,
 )
@@ -233,3 +234,9 @@ def test_bad_settings_are_refused(setting):
         equivalence([1.0, 2.0], **setting)
     with pytest.raises(InputError, match="confidence"):
         sign_flip_interval([1.0, 2.0], confidence=95)
+
+
+def test_ratios_need_totals_of_the_right_sign():
+    parts, totals = np.array([1.0, 2.0, 3.0, 4.0]), np.array([2.0, 0.0, -1.0, 8.0])
+    assert signed_ratios(parts, totals, 0.1) == pytest.approx([0.5, math.nan, math.nan, 0.5], nan_ok=True)
+    assert signed_ratios(parts, totals, -5.0) == pytest.approx([math.nan, math.nan, -3.0, math.nan], nan_ok=True)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from analysis.iso_sharpness import iso_sharpness
+from analysis.iso_sharpness import NEAREST_RADII, _polygon, iso_sharpness
 from analysis.reliability import PairedRuns, paired_runs
 from analysis.synthetic import StudyDesign
 from benchmarks.verdict_calibration import naive_ancova
@@ -119,22 +120,134 @@ def test_arms_without_overlap_are_not_decided():
     apart = x + np.where(np.arange(12) >= 6, 3.0, 0.0)
     got = iso_sharpness(made(apart, y))
     assert not got.decided
-    assert got.reason.startswith("no overlap: not decided")
+    assert got.reason == (
+        "no overlap: not decided; every radius of b is flatter than every radius of a, by at least 2.00 log units, so "
+        "that mask and sharpness cannot be told apart; extend their sweeps towards each other"
+    )
     assert got.low > got.high
     assert got.sweep is got.interpolated is None
-    small = iso_sharpness(made(x + np.where(np.arange(12) >= 6, 0.3, 0.0), y))
-    assert small.reason == (
-        "overlap too small: not decided; the common range holds 3 radii of a and 3 of b, 3 of each are needed"
-        if small.radii_arm < 3 else ""
-    )  # fmt: skip
     smaller = iso_sharpness(made(x + np.where(np.arange(12) >= 6, 0.6, 0.0), y))
-    assert "the common range holds 2 radii of a and 2 of b, 3 of each are needed" in smaller.reason
+    assert smaller.reason == (
+        "overlap too small: not decided; the common range holds 2 radii of a and 2 of b, 2 of each and 5 in all are "
+        "needed"
+    )
 
 
-def test_one_radius_is_not_decided():
+@pytest.mark.parametrize(
+    ("centre", "scale", "counts"), [(0.75, 0.9, (4, 6)), (0.75, 0.5, (2, 6)), (0.9, 0.3, (1, 6)), (1.3, 0.9, (3, 4))]
+)
+def test_five_radii_of_which_two_of_each_are_enough(centre, scale, counts):
+    """The arm's sweep within the reference's: the fit stays exact down to two radii of one arm."""
+    x, _, _, _ = exact(runs_sd=0.01)
+    x[:, 6:] = centre + scale * (x[:, 6:] - 1.25)
+    y = 2 * x - 0.4 * (x - 0.7) ** 2 + np.where(np.arange(12) >= 6, 0.7, 0.0)
+    got = iso_sharpness(made(x, y))
+    assert (got.radii_reference, got.radii_arm) == counts
+    assert got.decided == (min(counts) >= 2)
+    if got.decided:
+        assert got.sweep.direct.value == pytest.approx(0.7, abs=0.02)
+
+
+def test_one_radius_each_is_not_decided():
     x = np.random.default_rng(0).normal(size=(8, 2))
     got = iso_sharpness(made(x, x))
-    assert not got.decided
+    assert got.reason == "no sweep: not decided; a and b have one radius each, 3 of one are needed"
+
+
+# -- an arm with a single radius, the baseline -------------------------------------------------------------
+
+
+def against_one(x: np.ndarray, y: np.ndarray, at: int, flip: bool = False) -> PairedRuns:
+    """Cell ``at`` is the reference's only one (the arm's, if flipped), the others the other arm's."""
+    one = np.arange(x.shape[1]) == at
+    other = int(np.flatnonzero(~one)[0])
+    cells = (other, at) if flip else (at, other)
+    radii = np.where(one, 0.0, np.arange(x.shape[1]))
+    return PairedRuns("m", "b", "a", len(x), radii, one if flip else ~one, cells, y, x, np.stack([x, x]))
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_against_a_single_radius_the_curve_is_read_off_exactly(flip):
+    rng = np.random.default_rng(4)
+    x = np.array([0.1, 0.4, 0.8, 1.3, 0.6]) + 0.001 * rng.normal(size=(8, 5))
+    lone = np.arange(5) == 4
+    y = rng.normal(size=(8, 1)) + 1.3 * x - 0.4 * x**2 + np.where(lone, 0.0, 0.7)
+    got = iso_sharpness(against_one(x, y, 4, flip))
+    assert got.decided
+    assert (got.radii_reference, got.radii_arm) == ((4, 1) if flip else (1, 4))
+    assert got.low == got.high == pytest.approx(x[:, 4].mean())
+    for fit in (got.sweep, got.retest):
+        assert fit.direct.value == pytest.approx(-0.7 if flip else 0.7, abs=2e-3)
+        assert math.isnan(fit.interaction.value)
+        assert (fit.interaction.low, fit.interaction.high) == (-math.inf, math.inf)
+    straight = np.interp(x[:, 4].mean(), x.mean(axis=0)[:4], y.mean(axis=0)[:4]) - y.mean(axis=0)[4]
+    assert got.interpolated.value == pytest.approx(-straight if flip else straight)
+
+
+def test_only_the_nearest_radii_are_read_off():
+    rng = np.random.default_rng(5)
+    x = np.array([-5.0, 0.1, 0.4, 0.8, 1.3, 6.0, 0.6]) + 0.01 * rng.normal(size=(8, 7))
+    y = 1.3 * x + np.where(np.arange(7) == 6, 0.0, 0.7)
+    got = iso_sharpness(against_one(x, y, 6))
+    y[:, [0, 5]] += 10 * rng.normal(size=(8, 2))
+    far = iso_sharpness(against_one(x, y, 6))
+    assert far.radii_arm == NEAREST_RADII == 4
+    assert (far.sweep.direct, far.sweep.slope) == (got.sweep.direct, got.sweep.slope)
+
+
+def test_a_single_radius_outside_the_sweep_or_a_short_sweep_is_not_decided():
+    x = np.array([0.1, 0.4, 0.8, 1.5]) + np.zeros((8, 1))
+    assert iso_sharpness(against_one(x, x, 3)).reason == (
+        "no overlap: not decided; every radius of a is flatter than every radius of b, by at least 0.70 log units, so "
+        "that mask and sharpness cannot be told apart; compare b with an arm that has a sweep too"
+    )
+    short = iso_sharpness(against_one(x[:, :3], x[:, :3], 1))
+    assert short.reason == (
+        "overlap too small: not decided; a has a single radius, so that 3 of b are needed, got 2"
+    )  # fmt: skip
+
+
+def test_against_a_single_radius_in_brief():
+    """Coverage of the truth with 8 seeds, and that it decides."""
+    inside = []
+    for s in range(100):
+        truth = ("full", "half", "none")[s % 3]
+        fit = iso_sharpness(study(StudyDesign(mechanism=truth, baseline=True, scope="cell"), s)).sweep
+        direct = {"full": 0.0, "half": 0.3, "none": 0.6}[truth]
+        inside.append(fit is not None and fit.direct.low <= direct <= fit.direct.high)
+    assert np.mean(inside) >= 0.95 - 0.06
+
+
+def test_interpolation_is_over_all_sets_of_seeds_and_those_without_overlap_count_to_both_tails():
+    rng = np.random.default_rng(7)
+    x, y, _, _ = exact(runs_sd=0.05)
+    x, y = x[:7], y[:7] + 0.2 * rng.normal(size=(7, 12))
+    x[0, 6:] += 1.6  # this seed alone has no overlap
+    values = []
+    for chosen in itertools.product((False, True), repeat=7):
+        if any(chosen):
+            mx, my = x[list(chosen)].mean(axis=0), y[list(chosen)].mean(axis=0)
+            low, high = max(mx[:6].min(), mx[6:].min()), min(mx[:6].max(), mx[6:].max())
+            if low <= high:
+                grid = np.linspace(low, high, 33)
+                values.append(np.mean(np.interp(grid, mx[6:], my[6:]) - np.interp(grid, mx[:6], my[:6])))
+    lost, values = 127 - len(values), np.sort(values)
+    assert lost == 1
+    got = iso_sharpness(made(x, y), confidence=0.9).interpolated
+    tail = 6 - lost  # 0.05 x 128 = 6.4 of each tail
+    assert (got.low, got.high) == (pytest.approx(values[tail - 1]), pytest.approx(values[-tail]))
+
+
+def test_polygons_are_numpys():
+    rng = np.random.default_rng(6)
+    x, y, grid = rng.normal(size=(5, 4)), rng.normal(size=(5, 4)), np.sort(rng.uniform(-2, 2, size=(5, 9)))
+    for row in range(5):
+        order = x[row].argsort()
+        inside = np.clip(grid[row], x[row].min(), x[row].max())
+        expected = np.interp(inside, x[row][order], y[row][order])
+        assert _polygon(inside[None], x[[row]], y[[row]])[0] == pytest.approx(expected)
+    assert _polygon(np.array([[2.0]]), np.array([[2.0]]), np.array([[5.0]])) == 5.0
+    assert _polygon(np.array([[1.0]]), np.array([[1.0, 1.0, 2.0]]), np.array([[3.0, 3.0, 9.0]])) == 3.0
 
 
 def test_collinear_designs_are_not_decided():

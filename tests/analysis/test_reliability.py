@@ -55,7 +55,7 @@ def test_paired_runs_have_the_units_of_the_verdict(frame):
     ("change", "message"),
     [
         (lambda f: f.drop(columns="test_error"), "unknown column 'test_error'"),
-        (lambda f: f.iloc[1:], "1 runs are missing: 35 of 6 seeds x 6"),
+        (lambda f: f.iloc[1:], "1 runs are missing: 35 of 6 seeds x 6 .* for one arm0 at rho = 0.02, seed 0;"),
         (lambda f: pd.concat([f, f.iloc[:2]]), "2 of 38 runs have the arm, seed and rho of another"),
         (lambda f: f.assign(test_error=100 * f.test_error), "fraction from 0 to 1"),
         (lambda f: f.assign(sharpness=f.sharpness.where(f.seed > 0)), "sharpness: 6 of 36 runs have no finite"),
@@ -172,5 +172,24 @@ def test_synthetic_designs_are_checked():
     for bad in ({"mechanism": "magic"}, {"reliability": 0.0}, {"scope": "run"}, {"arms": 1}, {"seeds": 0}):
         with pytest.raises(InputError):
             StudyDesign(**bad)
+    with pytest.raises(InputError, match="needs a flattening"):
+        StudyDesign(flattening=0.0)
+    assert StudyDesign(flattening=0.0, mechanism="none").slope == 0.0
     three = StudyDesign(arms=3).draw(0)
     assert sorted(three.arm.unique()) == ["arm0", "arm1", "arm2"]
+
+
+def test_a_synthetic_baseline_is_the_reference_at_its_chosen_radius():
+    whole, lone = StudyDesign(seeds=4), StudyDesign(seeds=4, baseline=True)
+    frame, left = whole.draw(0), lone.draw(0)
+    kept = frame[(frame.arm == "arm1") | (frame.rho == whole.chosen["arm0"])]
+    assert (left.drop(columns="rho") == kept.drop(columns="rho")).all(axis=None)
+    assert set(left.rho[left.arm == "arm0"]) == {0.0} == {lone.chosen["arm0"]}
+    assert lone.chosen["arm1"] == whole.chosen["arm1"]
+
+
+def test_synthetic_test_errors_are_counts_of_images():
+    design = StudyDesign(seeds=4, test_images=700)
+    counts = 700 * design.draw(0).test_error
+    assert counts.to_numpy() == pytest.approx(counts.round().to_numpy(), abs=1e-9)
+    assert (design.draw(0).test_error - StudyDesign(seeds=4).draw(0).test_error).abs().max() <= 0.5 / 700 + 1e-12

@@ -67,6 +67,17 @@ def test_full_number_of_steps_finds_the_spectrum():
     assert found.num_products == 18
 
 
+def test_shares_are_exact_for_a_diagonal_matrix():
+    """A vector of signs has the same weight on every eigenvector."""
+    matrix = torch.diag(torch.tensor([-2.0, -1.0, 0.5, 1.0, 3.0, 7.0], dtype=torch.float64))
+    found = spectral_density(Dense(matrix), num_vectors=3, num_steps=50)
+    for low, high, count in [(-9.0, 0.0, 2), (0.4, 1.1, 2), (0.6, 8.0, 3), (4.0, 5.0, 0)]:
+        share = found.mass(low, high)
+        assert share.value == pytest.approx(count / 6, abs=1e-12)
+        assert share.standard_error == pytest.approx(0, abs=1e-12)
+    assert found.mass().value == pytest.approx(1, abs=1e-12)
+
+
 def test_weights_stay_right_over_many_steps():
     """Without reorthogonalisation ghosts would split the top eigenvalue's weight over several nodes."""
     values = np.concatenate([np.linspace(0, 1, 199), [1000.0]])

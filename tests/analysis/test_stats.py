@@ -13,6 +13,7 @@ from scipy import stats as scipy_stats
 from analysis.stats import (
     accuracy_interval,
     compare_paired,
+    effect_size,
     holm,
     mean_interval,
     min_sign_flip_p,
@@ -282,6 +283,9 @@ def test_family_of_paired_contrasts():
     assert (norm.mean_difference, norm.low, norm.high) == (3.5, interval.low, interval.high)
     assert (random.mean_difference, random.p, random.p_holm) == (0.0, 1.0, 1.0)
     assert (zero.p, zero.low, zero.high) == (1.0, 0.0, 0.0)
+    assert norm.effect_size == pytest.approx(3.5 / math.sqrt(3.5))
+    assert random.effect_size == 0.0
+    assert math.isnan(zero.effect_size)
     single = compare_paired({"a": [0.5]})[0]
     assert (single.p, single.p_holm, single.n) == (1.0, 1.0, 1)
     assert math.isnan(single.low)
@@ -289,3 +293,22 @@ def test_family_of_paired_contrasts():
         compare_paired({})
     with pytest.raises(InputError, match="b: 1 of 2 values are not finite"):
         compare_paired({"a": [0.5, 1.0], "b": [math.nan, 1.0]})
+
+
+def test_effect_size_by_hand():
+    # Mean 5, s^2 = 20/3: the t statistic is d_z sqrt(n).
+    d = [2.0, 4.0, 6.0, 8.0]
+    assert effect_size(d) == pytest.approx(5 / math.sqrt(20 / 3), rel=1e-14)
+    assert effect_size(d) * 2 == pytest.approx(scipy_stats.ttest_1samp(d, 0).statistic)
+    assert effect_size([-v for v in d]) == -effect_size(d)
+    for same in ([0.3], [0.1] * 7, [0.0, 0.0]):
+        assert math.isnan(effect_size(same))
+    with pytest.raises(InputError):
+        effect_size([])
+
+
+@pytest.mark.parametrize(("n", "excess"), [(6, 0.19), (8, 0.13)])
+def test_effect_size_is_as_much_too_large_as_it_says(n, excess):
+    rng = np.random.default_rng(n)
+    found = [effect_size(rng.normal(1.0, 1.0, n)) for _ in range(4000)]
+    assert np.mean(found) == pytest.approx(1 + excess, abs=0.035)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from scipy import stats
 from torch import Tensor
 
 from analysis.eigen import eigenpairs
@@ -77,6 +78,49 @@ def test_xtrace_is_right_and_its_error_conservative():
     assert 0.15 < z.var() < 1.1
 
 
+def estimators(matrix: Tensor) -> dict[str, Callable[[int], Estimate]]:
+    operator = Dense(matrix)
+    pairs = eigenpairs(operator, 5, keep_vectors=True).largest
+    return {
+        "deflated": lambda seed: moments(operator, num_probes=20, seed=seed, deflate=pairs).trace,
+        "hutch_pp": lambda seed: hutch_pp(operator, num_products=60, seed=seed),
+        "xtrace": lambda seed: xtrace(operator, num_products=40, seed=seed),
+    }
+
+
+def covers(estimate: Callable[[int], Estimate], truth: float, seeds: int) -> tuple[float, float]:
+    """How often a 95 % t interval holds the truth, and the root mean square standard error over the true one."""
+    found = [estimate(seed) for seed in range(seeds)]
+    values, errors = np.array([e.value for e in found]), np.array([e.standard_error for e in found])
+    share = np.mean(np.abs(values - truth) < stats.t.ppf(0.975, found[0].n - 1) * errors)
+    return float(share), float(np.sqrt((errors**2).mean()) / values.std())
+
+
+@pytest.mark.parametrize("method", ["deflated", "hutch_pp", "xtrace"])
+def test_coverage(method):
+    share, ratio = covers(estimators(CURVED)[method], TRACE, 150)
+    if method == "xtrace":
+        assert share > 0.97
+        assert 1.2 < ratio < 2
+    else:
+        assert 0.90 < share < 0.985  # 95 % with a Monte Carlo error of 1.8 %
+        assert 0.85 < ratio < 1.15
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["deflated", "hutch_pp", "xtrace"])
+def test_coverage_on_networks(case, method):
+    """Measured with 400 seeds: deflated 94 to 96 %, Hutch++ 93 to 96 %, XTrace 99 to 100 %."""
+    share, ratio = covers(estimators(case.hessian)[method], float(case.hessian.trace()), 400)
+    print(f"{case.name}, {method}: 95 % intervals cover {100 * share:.1f} %, standard errors {ratio:.2f} of the true")
+    if method == "xtrace":
+        assert share > 0.98
+        assert 1.3 < ratio < 2.2
+    else:
+        assert 0.915 < share < 0.98  # a Monte Carlo error of 1.1 %
+        assert 0.9 < ratio < 1.1
+
+
 @pytest.mark.parametrize("method", [hutch_pp, xtrace])
 def test_low_rank_is_exact(method):
     for dtype, error in [(torch.float64, 1e-12), (torch.float32, 1e-5)]:
@@ -130,6 +174,13 @@ def test_exact_where_it_must_be():
     assert math.isnan(zero.effective_rank.value)
     single = moments(Dense(matrix), num_probes=1)
     assert single.trace.standard_error is single.effective_rank.standard_error is None
+
+
+def test_effective_rank_is_rid_of_its_bias():
+    """For a reflection ||B z||^2 is constant, and the jackknife of the squared mean is ``mean^2 - s^2 / n``."""
+    found = moments(Dense(symmetric([1.0] * 30 + [-1.0] * 10)), num_probes=7)
+    unbiased = (found.trace.value**2 - found.trace.standard_error**2) / 40
+    assert found.effective_rank.value == pytest.approx(unbiased, rel=1e-10)
 
 
 def test_networks_in_float32(case):
