@@ -51,6 +51,7 @@ class Comparison:
         chosen: the radius of each arm that has one.
         records: for each arm its runs in the order of the seeds.
         folder: where it is kept.
+        swept: how many runs at other radii than the chosen ones were made on the report's seeds, for a verdict.
     """
 
     config: CompareConfig
@@ -59,6 +60,7 @@ class Comparison:
     chosen: dict[str, float]
     records: dict[str, tuple[RunRecord, ...]]
     folder: Path
+    swept: int = 0
 
 
 def open_folder(folder: Path, config: CompareConfig, measure: MeasureConfig, study_id: str) -> None:
@@ -163,12 +165,16 @@ class _Plan:
     def report(self, arm: Arm, rho: float) -> list[Job]:
         return [self.job(arm, rho, seed, tuning=False) for seed in self.config.report_seeds()]
 
+    def sweep(self) -> list[Job]:
+        return [job for arm in self.config.arms for rho in arm.rho for job in self.report(arm, rho)]
+
 
 def compare(
     config: CompareConfig,
     folder: Path | None = None,
     *,
     measure: MeasureConfig | None = None,
+    sweep: bool = False,
     processes: int = 1,
     device: str = "auto",
     plugins: Sequence[str] = (),
@@ -180,6 +186,8 @@ def compare(
         config: what to compare.
         folder: where to keep it; by default ``results/compare-ID`` with the comparison's own id.
         measure: what to measure at the end of each run.
+        sweep: train every arm at every radius of its grid on the report's seeds, too, and measure it: what a verdict
+            at equal sharpness rests on. The radius that is reported is chosen as without.
         processes: how many runs at once.
         device: name of the device of every run.
         plugins: modules to import for their masks.
@@ -202,18 +210,23 @@ def compare(
         with Runner(folder / "runs", processes=processes, device=device, plugins=plugins, quiet=quiet) as runner:
             tuning = plan.tuning()
             done = runner.run([job for jobs in tuning.values() for job in jobs], "choosing rho")
-            trials = tuple(_trial(arm, rho, [done[job.run_id] for job in jobs]) for (arm, rho), jobs in tuning.items())
+            trials = tuple(
+                trial_of(arm, rho, [done[job.run_id] for job in jobs]) for (arm, rho), jobs in tuning.items()
+            )
             chosen = {arm.name: arm.rho[0] for arm in config.arms if arm.rho} | choose(trials)
             report = {arm.name: plan.report(arm, chosen.get(arm.name, 0.0)) for arm in config.arms}
             done = runner.run([job for jobs in report.values() for job in jobs], "comparing")
+            rest = [job for job in plan.sweep() if job.run_id not in done] if sweep else []
+            runner.run(rest, "sweeping rho")
     except InputError:
         _withdraw(folder)
         raise
     records = {arm: tuple(done[job.run_id] for job in jobs) for arm, jobs in report.items()}
-    return Comparison(config, measure, trials, chosen, records, folder)
+    return Comparison(config, measure, trials, chosen, records, folder, len(rest))
 
 
-def _trial(arm: str, rho: float, records: Sequence[RunRecord]) -> Trial:
+def trial_of(arm: str, rho: float, records: Sequence[RunRecord]) -> Trial:
+    """What the tuning runs of one radius reached."""
     accuracies = [record.result["val_accuracy"] for record in records]
     diverged = sum(record.result["diverged"] is not None for record in records)
     return Trial(arm, rho, sum(accuracies) / len(accuracies), diverged, len(records))

@@ -60,6 +60,8 @@ class RunConfig:
         score_images: training images that a score mask is scored on; drawn with the seed, the same in every arm.
         seed: seed of the run; every purpose has a stream of its own, so runs of a seed are paired.
         tuning: train and validate on the development images only and leave the test images alone.
+        measure_every: measure fit and flatness along training, too, after so many epochs each time; 0 for at the end
+            only. Training is bitwise the same.
     """
 
     data: str = "digits"
@@ -87,9 +89,10 @@ class RunConfig:
     score_images: int = 128
     seed: int = 0
     tuning: bool = False
+    measure_every: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("epochs", 1), ("batch_size", 2), ("score_images", 1)):
+        for name, least in (("epochs", 1), ("batch_size", 2), ("score_images", 1), ("measure_every", 0)):
             if getattr(self, name) < least:
                 raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}")
         for name in ("lr", "momentum", "weight_decay", "rho"):
@@ -111,6 +114,10 @@ class RunConfig:
     def sam_rule(self) -> Rule:
         """The perturbation rule; raises InputError for an eta that the rule does not take."""
         return Rule.named(self.rule, eta=self.eta, bias=self.bias)
+
+    def measures_after(self, epoch: int) -> bool:
+        """Whether the weights are measured after this epoch, counted from 0."""
+        return self.measure_every > 0 and (epoch + 1) % self.measure_every == 0
 
     def resolved(self) -> RunConfig:
         """The same with the defaults that depend on the data set filled in."""
@@ -256,6 +263,8 @@ class CompareConfig(RunConfig):
         """The configuration of one run of an arm."""
         shared = {f.name: getattr(self, f.name) for f in fields(RunConfig)}
         own = {"mask": arm.mask, "rho": rho, "seed": seed, "tuning": tuning, "epochs": self.epochs * arm.epochs_factor}
+        if tuning:
+            own["measure_every"] = 0
         return RunConfig(**{**shared, **own}).resolved()
 
     def report_seeds(self) -> range:

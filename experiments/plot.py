@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from experiments.compare import Comparison
 from experiments.config import BASELINE
+from experiments.measure import LAMBDA_MAX
 from experiments.table import Table
 
 if TYPE_CHECKING:
@@ -39,8 +40,10 @@ def figures(comparison: Comparison, table: Table) -> dict[str, str]:
     }
     if comparison.trials:
         out["Validation accuracy against rho on the tuning seeds; the ring marks the radius chosen."] = _rho(comparison)
-    out["Test error against largest Hessian eigenvalue, one mark per run."] = _scatter(comparison, "lambda_max")
-    out["Test error against m-sharpness, one mark per run."] = _scatter(comparison, "m_sharpness")
+    out["Test error against largest Hessian eigenvalue, one mark per run."] = _scatter(comparison, LAMBDA_MAX)
+    out["Test error against m-sharpness, one mark per run."] = _scatter(
+        comparison, comparison.measure.m_sharpness, "m-sharpness"
+    )
     out["Training loss L(w) per epoch, mean over seeds."] = _history(comparison)
     return out
 
@@ -113,20 +116,20 @@ def _rho(comparison: Comparison) -> str:
     return _svg(figure)
 
 
-def _scatter(comparison: Comparison, metric: str) -> str:
+def _scatter(comparison: Comparison, metric: str, label: str | None = None) -> str:
     figure, axes = _new()
     style = styles([arm.name for arm in comparison.config.arms])
     positive = True
     for name, records in comparison.records.items():
-        good = [r for r in records if "error" not in r.result[metric]]
-        x = [r.result[metric]["value"] for r in good]
+        good = [r for r in records if r.result["metrics"][metric]["value"] is not None]
+        x = [r.result["metrics"][metric]["value"] for r in good]
         positive = positive and all(value > 0 for value in x)
         colour, marker = style[name]
         y = [100 * (1 - r.result["test_accuracy"]) for r in good]
         axes.plot(x, y, linestyle="", marker=marker, color=colour, alpha=0.75, label=_label(name))
     if positive:
         axes.set_xscale("log")
-    axes.set_xlabel(metric.replace("m_sharpness", "m-sharpness"))
+    axes.set_xlabel(label or metric)
     axes.set_ylabel("test error, %")
     axes.legend(frameon=False, fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     return _svg(figure)

@@ -50,7 +50,7 @@ class RunRecord:
 
     def __post_init__(self) -> None:
         # What is kept in memory is what a later reader finds in the file.
-        object.__setattr__(self, "result", json.loads(json.dumps(_finite(self.result))))
+        object.__setattr__(self, "result", json.loads(json.dumps(finite(self.result))))
 
     def save(self, folder: Path) -> Path:
         """Write ``folder/run_id.json``: aside, then renamed."""
@@ -78,12 +78,12 @@ class RunRecord:
             ) from None
 
 
-def _finite(value: Any) -> Any:
-    """The value with None for every nan and infinity, which JSON does not have."""
+def finite(value: Any) -> Any:
+    """A plain value with None for every nan and infinity, which JSON does not have."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import jinja2
 import pandas as pd
 
+from analysis.reliability import REPEAT
 from experiments.compare import Comparison, Trial
 from experiments.config import BASELINE
 from experiments.plot import figures
@@ -61,13 +62,13 @@ def runs_frame(comparison: Comparison) -> pd.DataFrame:
                     "epochs": record.config["epochs"],
                     "kept": builds[-1]["num_kept"] if builds else 0,
                     "mask_digest": builds[-1]["digest"] if builds else None,
-                    "train_loss": result["history"][-1]["loss"],
+                    "train_loss_last_epoch": result["history"][-1]["loss"],
+                    **result["fit"],
                     "ascent_last_epoch": result["history"][-1]["ascent"],
                     "val_accuracy": result["val_accuracy"],
                     "test_accuracy": result["test_accuracy"],
-                    "lambda_max": result["lambda_max"].get("value"),
-                    "lambda_max_residual": result["lambda_max"].get("residual"),
-                    "m_sharpness": result["m_sharpness"].get("value"),
+                    **{name: found["value"] for name, found in result["metrics"].items()},
+                    **{f"{name}{REPEAT}": found["value"] for name, found in result.get("metrics_repeat", {}).items()},
                     "diverged": result["diverged"],
                     **record.telemetry,
                 }

@@ -18,9 +18,9 @@ import torch
 from tqdm import tqdm
 
 from experiments.config import RunConfig
-from experiments.measure import MeasureConfig, measure
+from experiments.measure import MeasureConfig, measure, observe
 from experiments.record import RunRecord, environment
-from experiments.train import Trained, clock_of, pick_device, result_of, train_run
+from experiments.train import Observer, Trained, clock_of, pick_device, result_of, train_run
 from masks import load_plugin
 from masks.errors import InputError
 
@@ -53,7 +53,15 @@ class RunFailed(RuntimeError):
 def execute(job: Job, device_name: str) -> RunRecord:
     """Do one run here, in this process."""
     device = pick_device(device_name)
-    return record_of(train_run(job.config, device), job.run_id, job.arm, job.measure, device)
+    trained = train_run(job.config, device, observer=observer_of(job.config, job.measure, device))
+    return record_of(trained, job.run_id, job.arm, job.measure, device)
+
+
+def observer_of(config: RunConfig, measure_config: MeasureConfig | None, device: torch.device) -> Observer | None:
+    """What measures along the run; None for a tuning run (``measure_config`` None)."""
+    if measure_config is None:
+        return None
+    return lambda model, split: observe(model, split, config.seed, measure_config, device)
 
 
 def record_of(
@@ -72,7 +80,7 @@ def record_of(
             "clock": "time on the wall" if device.type == "cuda" else "processor time",
             "train_seconds": trained.train_seconds,
             "mask_seconds": trained.mask_seconds,
-            "measure_seconds": clock() - start,
+            "measure_seconds": clock() - start + trained.observe_seconds,
         },
         environment=environment(device),
     )

@@ -9,7 +9,7 @@ from experiments.checkpoint import read_weights, save_checkpoint
 from experiments.config import RunConfig
 from experiments.measure import MeasureConfig
 from experiments.record import RunRecord, content_digests, file_digest
-from experiments.runner import record_of
+from experiments.runner import observer_of, record_of
 from experiments.train import initial_model, load_cached, pick_device, train_run
 from masks.errors import InputError
 
@@ -42,8 +42,9 @@ def train_one(
     run_id = config.digest(content)
     folder = folder or Path("results") / f"train-{run_id[:8]}"
     _check_folder(folder, run_id)
-    trained = train_run(config, where, initial=weights)
-    record = record_of(trained, run_id, config.mask, MeasureConfig(), where)
+    measure = MeasureConfig(repeats=1)
+    trained = train_run(config, where, initial=weights, observer=observer_of(config, measure, where))
+    record = record_of(trained, run_id, config.mask, measure, where)
     record.result["init_digest"] = content.get("init")
     try:
         folder.mkdir(parents=True, exist_ok=True)

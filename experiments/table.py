@@ -16,6 +16,7 @@ from scipy.special import expit, logit
 from analysis import Interval, PairedComparison, accuracy_interval, compare_paired, mean_interval, seeds_needed
 from experiments.compare import Comparison, predicted_costs
 from experiments.config import BASELINE, Arm
+from experiments.measure import LAMBDA_MAX
 from experiments.record import RunRecord
 from masks import MaskSpec, Schedule
 
@@ -119,8 +120,8 @@ def build_table(comparison: Comparison) -> Table:
                 ascent=_mean([epoch["ascent"] for epoch in history]),
                 accuracy=_accuracy(records),
                 gain=gains.get(arm.name),
-                lambda_max=_metric(records, "lambda_max"),
-                m_sharpness=_metric(records, "m_sharpness"),
+                lambda_max=_metric(records, LAMBDA_MAX),
+                m_sharpness=_metric(records, comparison.measure.m_sharpness),
                 cost=statistics.median(ratio),
                 predicted_cost=None if factor is None else factor * arm.epochs_factor,
                 diverged=sum(r.result["diverged"] is not None for r in records),
@@ -230,13 +231,14 @@ def overlapping_interval(
 
 
 def _metric(records: Sequence[RunRecord], key: str) -> Metric:
-    found = [r.result[key] for r in records]
-    good = [f for f in found if "error" not in f]
+    found = [r.result["metrics"][key] for r in records]
+    good = [f for f in found if f["value"] is not None]
+    name = good[0]["settings"]["name"] if good else f"{key}: {found[0]['settings']['reason']}"
     return Metric(
-        interval=mean_interval([f["value"] for f in good], name=good[0]["name"]) if good else None,
-        name=good[0]["name"] if good else f"{key}: {found[0]['error']}",
+        interval=mean_interval([f["value"] for f in good], name=name) if good else None,
+        name=name,
         missing=len(found) - len(good),
-        unconverged=sum(f.get("converged") is False for f in good),
+        unconverged=sum(f["settings"].get("converged") is False for f in good),
     )
 
 
@@ -289,6 +291,7 @@ def _notes(comparison: Comparison, rows: Sequence[Row]) -> list[str]:
         "lambda_max and m-sharpness, on training images with the labels trained on: mean, 95 % t interval over seeds.",
         f"lambda_max: {rows[0].lambda_max.name}.",
         f"m-sharpness: {rows[0].m_sharpness.name}.",
+        *_sweep_note(comparison),
         "overlap: Jaccard index of the final mask with the normalization parameters, mean over seeds. (!) an arm with "
         "diverged runs; * the best radius lies at the edge of its grid.",
     ]
@@ -332,6 +335,15 @@ def _tuning_note(comparison: Comparison) -> str:
         f"Tuned: rho only, per arm, {trials} on validation images, on seeds and images that the table does not test "
         f"on; nothing was tuned for {', '.join(fixed)}."
     )
+
+
+def _sweep_note(comparison: Comparison) -> list[str]:
+    if not comparison.swept:
+        return []
+    return [
+        f"Sweep: {comparison.swept} more runs, every arm at every radius of its grid on the seeds above; they are not "
+        f"in this table but in the verdict: sam-masks verdict {comparison.folder}"
+    ]
 
 
 def _warnings(comparison: Comparison, rows: Sequence[Row], main: int, control: int) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -30,11 +30,13 @@ class Epoch:
         loss: training loss L(w) at the steps of the epoch.
         ascent: ascent strength L(w + eps) - L(w).
         radius: ||eps||_2.
+        observed: what was measured on the weights after the epoch; None where nothing was.
     """
 
     loss: float
     ascent: float
     radius: float
+    observed: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,9 @@ class Trained:
         builds: per building of the mask.
         val_accuracy: after the last epoch.
         skipped_steps: steps with a non-finite gradient.
-        train_seconds: processor seconds of training, mask building included.
+        train_seconds: processor seconds of training, mask building included, measurements along the way not.
         mask_seconds: processor seconds of mask building.
+        observe_seconds: processor seconds of measurements along the way.
     """
 
     config: RunConfig
@@ -85,6 +88,7 @@ class Trained:
     skipped_steps: int
     train_seconds: float
     mask_seconds: float
+    observe_seconds: float
     mask: Mask = field(repr=False)
 
     @property
@@ -291,13 +295,25 @@ class _Run:
                 yield self.x[index], self.y[index]
 
 
-def train_run(config: RunConfig, device: torch.device, *, initial: dict[str, Tensor] | None = None) -> Trained:
+Observer = Callable[[nn.Module, Split], dict[str, Any]]
+"""What is measured along training: plain values from the model, which it leaves as it was, and the data."""
+
+
+def train_run(
+    config: RunConfig,
+    device: torch.device,
+    *,
+    initial: dict[str, Tensor] | None = None,
+    observer: Observer | None = None,
+) -> Trained:
     """Train one model. The test images are not looked at.
 
     Args:
         config: the run.
         device: where it runs; on the same CPU, the same configuration gives bitwise the same result.
         initial: weights to start from instead of the seed's.
+        observer: called after every ``config.measure_every`` epochs but the last one; training is bitwise the same
+            with it.
 
     Raises:
         InputError: the data, the model, the mask or a setting cannot be had.
@@ -307,7 +323,7 @@ def train_run(config: RunConfig, device: torch.device, *, initial: dict[str, Ten
     steps = number_of_steps(config, len(run.x))
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(run.sam, T_max=steps)
     history: list[Epoch] = []
-    start, step = run.clock(), 0
+    start, step, observe_seconds = run.clock(), 0, 0.0
 
     def loss_fn(batch: tuple[Tensor, Tensor]) -> Tensor:
         return cross_entropy(run.model(batch[0]), batch[1])
@@ -327,7 +343,12 @@ def train_run(config: RunConfig, device: torch.device, *, initial: dict[str, Ten
                     stats.append(torch.stack((last.loss.double(), last.ascent.double(), last.radius.double())))
                 step += 1
             history.append(Epoch(*torch.stack(stats).mean(0).tolist()))
-    seconds = run.clock() - start
+            if observer and epoch + 1 < config.epochs and config.measures_after(epoch):
+                before = run.clock()
+                with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+                    history[-1] = replace(history[-1], observed=observer(run.model, run.split))
+                observe_seconds += run.clock() - before
+    seconds = run.clock() - start - observe_seconds
     run.model.eval()
     right = correct(run.model, run.split.val_x.to(device), run.split.val_y.to(device))
     return Trained(
@@ -341,6 +362,7 @@ def train_run(config: RunConfig, device: torch.device, *, initial: dict[str, Ten
         skipped_steps=int(run.sam.skipped_steps),
         train_seconds=seconds,
         mask_seconds=run.mask_seconds,
+        observe_seconds=observe_seconds,
         mask=run.sam.mask,
     )
 
@@ -402,7 +424,7 @@ def result_of(trained: Trained) -> dict[str, Any]:
         "val_accuracy": trained.val_accuracy,
         "diverged": trained.diverged,
         "skipped_steps": trained.skipped_steps,
-        "history": [asdict(epoch) for epoch in trained.history],
+        "history": [{k: v for k, v in asdict(epoch).items() if v is not None} for epoch in trained.history],
         "mask_builds": [asdict(build) for build in trained.builds],
         "data_digest": trained.split.digest,
         "test_is_shared": trained.split.test_is_shared,

@@ -11,6 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from analysis import PRIMARY, seeds_needed
+from experiments.config import CompareConfig
+from experiments.measure import MeasureConfig
 from masks import Budget, MaskContext, build_mask, mask_info, registry
 
 ROOT = Path(__file__).parents[1]
@@ -82,6 +85,26 @@ def test_the_plugin_of_the_readme_keeps_the_contract(plugin: ModuleType) -> None
     testing = pytest.importorskip("masks.testing")
     (name,) = re.findall(r'check_mask_builder\("(\w+)"\)', TEXT)
     testing.check_mask_builder(name)
+
+
+def test_the_commands_about_flatness_are_ones_that_the_command_line_understands() -> None:
+    from experiments.cli import build_parser
+
+    lines = "".join(blocks("sh")).split("\n")
+    commands = [part for line in lines for part in line.split(" && ") if part]
+    assert [command.split()[:2] for command in commands] == [
+        [".venv/bin/sam-masks", name] for name in ("compare", "verdict", "train", "analyze")
+    ]
+    found = []
+    for command in commands:
+        words = [re.sub(r"^(--\w+)-(\w+)", r"\1_\2", word) for word in command.split()[1:]]
+        found.append(build_parser().parse_args(words))
+    compare, verdict, train, analyze = (one[one.command] for one in found)
+    # Each goes on from what the one before has made, and the verdict finds its primary metric.
+    assert compare.out == verdict.folder
+    assert analyze.checkpoint == f"{train.out}/checkpoint.pt"
+    assert (compare.sweep, verdict.primary, PRIMARY) == (True, None, MeasureConfig(metrics=compare.metrics).metrics)
+    assert CompareConfig(masks=compare.masks).seeds >= seeds_needed(2)
 
 
 def test_links_into_the_repository_lead_somewhere() -> None:

@@ -107,7 +107,7 @@ def test_records_are_complete_and_paired(comparison: Comparison) -> None:
             assert result["mask_builds"][0]["digest"]
             assert {"torch", "numpy", "python", "sam_masks", "device"} <= set(record.environment)
             assert (result["train_images"], result["val_images"], result["test_images"]) == (100, 30, 50)
-            assert {"test_accuracy", "test_index", "lambda_max", "m_sharpness"} <= set(result)
+            assert {"test_accuracy", "test_index", "metrics", "metrics_repeat", "fit"} <= set(result)
         # The same images are tested in every arm of a seed, others in another seed.
         indices = [r.result["test_index"] for r in records]
         assert indices == [r.result["test_index"] for r in comparison.records["none"]]
@@ -164,6 +164,30 @@ def test_a_lost_record_is_made_again_bit_for_bit(comparison: Comparison, serial:
         }
     finally:
         path.write_text(text)
+
+
+def test_a_sweep_adds_every_radius_on_the_reports_seeds_and_changes_nothing_else(
+    tiny_comparison: Make, measured: MeasureConfig, tmp_path: Path, serial: None
+) -> None:
+    arms = (Arm("none", "none"), Arm("all", "all", (0.05, 0.2)), Arm("norm", "norm", (0.5, 2.0)))
+    config = tiny_comparison(arms=arms, seeds=2, tuning_seeds=1)
+    options: dict[str, Any] = {"measure": measured, "device": "cpu", "quiet": True}
+    plain = compare(config, tmp_path / "a", **options)
+    before = tree(plain.folder)
+    swept = compare(config, tmp_path / "a", sweep=True, **options)
+    assert (plain.swept, swept.swept) == (0, 4)
+    assert replace(swept, swept=0) == plain
+    after = tree(plain.folder)
+    assert {name: after[name] for name in before} == before
+    added = [RunRecord.load(plain.folder / name) for name in after.keys() - before.keys()]
+    grid = {(arm.name, rho) for arm in arms for rho in arm.rho}
+    wanted = {(*cell, seed) for cell in grid - set(plain.chosen.items()) for seed in (0, 1)}
+    assert {(r.arm, r.config["rho"], r.config["seed"]) for r in added} == wanted
+    for record in added:
+        assert not record.config["tuning"]
+        assert {"test_accuracy", "fit", "metrics", "metrics_repeat"} <= set(record.result)
+    # From the start with the sweep: the same.
+    assert tree(compare(config, tmp_path / "b", sweep=True, **options).folder).keys() == after.keys()
 
 
 # -- folders ------------------------------------------------------------------------------------------------

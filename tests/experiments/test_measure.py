@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
 
-from analysis import HessianOperator, lambda_max, m_sharpness
+from analysis import HessianOperator, evaluate, lambda_max, m_sharpness
+from analysis.examples import data_digest
 from experiments import measure as module
 from experiments.config import RunConfig
-from experiments.measure import MeasureConfig, measure
-from experiments.train import Trained, sample_of, train_run
+from experiments.measure import MeasureConfig, measure, observe
+from experiments.runner import Job, execute
+from experiments.train import Trained, result_of, sample_of, train_run
 from masks.errors import InputError
 from sam.perturbation import Rule
 
@@ -49,7 +51,7 @@ def test_an_own_test_split_needs_no_index(trained: Trained, measured: MeasureCon
 
 
 def test_lambda_max_is_that_of_the_training_loss(trained: Trained) -> None:
-    found = measure(trained, MeasureConfig(images=1000, sharpness_m=16), CPU)["lambda_max"]
+    found = measure(trained, MeasureConfig(images=1000, sharpness_m=16, repeats=1), CPU)["metrics"]["lambda_max"]
     split = trained.split
     # All training images: their order and batches cannot matter. The labels are those trained on.
     with HessianOperator(trained.model, [(split.train_x, split.train_y)], dtype=torch.float64) as operator:
@@ -58,27 +60,59 @@ def test_lambda_max_is_that_of_the_training_loss(trained: Trained) -> None:
         clean = lambda_max(operator, tol=1e-6).value
     assert found["value"] == pytest.approx(exact, rel=2e-3)
     assert abs(clean - exact) > 0.005 * exact
-    assert found["converged"]
-    assert found["residual"] <= 1e-3 * found["value"]
-    assert "100 examples, all parameters" in found["name"]
-    assert "vector" not in found
+    assert found["settings"]["converged"]
+    assert found["error"] == found["settings"]["residual"] <= 1e-3 * found["value"]
+    assert "100 examples, all parameters" in found["settings"]["name"]
 
 
-def test_metrics_are_those_of_analysis_on_the_sample(
-    trained: Trained, found: dict[str, Any], measured: MeasureConfig
+@pytest.mark.parametrize("i", [0, 1])
+def test_metrics_are_those_of_the_registry_on_disjoint_halves_with_other_probes(
+    trained: Trained, found: dict[str, Any], measured: MeasureConfig, i: int
 ) -> None:
-    x, y = sample_of(trained.split, 64, trained.config.seed, CPU)
-    with HessianOperator(trained.model, [(x, y)]) as operator:
-        direct = lambda_max(operator)
-    assert found["lambda_max"]["value"] == pytest.approx(direct.value, rel=1e-6)
-    assert "64 examples" in found["lambda_max"]["name"]
-    sharpness = m_sharpness(trained.model, [(x, y)], m=16, rho=measured.sharpness_rho, rule=Rule())
-    assert found["m_sharpness"] == asdict(sharpness)
-    assert (found["m_sharpness"]["n"], found["m_sharpness"]["settings"]["m"]) == (4, 16)
+    x, y = sample_of(trained.split, 64 + 36, trained.config.seed, CPU)  # all; the halves of 100 are 50 each
+    half = [(x[50 * i : 50 * i + 50], y[50 * i : 50 * i + 50])]
+    got = found[("metrics", "metrics_repeat")[i]]
+    names = ["lambda_max", "one_step_l2@0.1", "one_step_linf_adaptive_normalised@0.002"]
+    assert list(got) == names == measured.names()
+    for name, want in evaluate(trained.model, half, names, m=16, seed=i).items():
+        assert (got[name]["value"], got[name]["n"]) == (want.value, want.n)
+        assert got[name]["settings"]["name"] == want.name
+        assert got[name]["settings"]["data_digest"] == data_digest(half)
+    # The table's m-sharpness is the one-step l2 one.
+    sharpness = m_sharpness(trained.model, half, m=16, rho=measured.sharpness_rho, rule=Rule())
+    assert got[measured.m_sharpness]["value"] == sharpness.value
+    assert (got[measured.m_sharpness]["error"], got[measured.m_sharpness]["n"]) == (sharpness.standard_error, 3)
+
+
+def test_one_measurement_takes_all_images_asked_for(trained: Trained, found: dict[str, Any]) -> None:
+    once = measure(trained, MeasureConfig(images=64, sharpness_m=16, repeats=1, metrics=""), CPU)
+    assert list(once["metrics"]) == ["lambda_max", "one_step_l2@0.1"]
+    assert "metrics_repeat" not in once
+    assert once["metrics"]["lambda_max"]["n"] == 64
+    # Half of 100 images hold no micro-batch of 51: no repeat, and nothing is lost.
+    large = measure(trained, MeasureConfig(images=64, sharpness_m=51, metrics=""), CPU)
+    assert (large["metrics"]["one_step_l2@0.1"]["n"], "metrics_repeat" in large) == (1, False)
+    enough = measure(trained, MeasureConfig(images=20, sharpness_m=16, metrics="gradient_norm"), CPU)
+    digests = {key: enough[key]["gradient_norm"]["settings"]["data_digest"] for key in ("metrics", "metrics_repeat")}
+    x, y = sample_of(trained.split, 40, 0, CPU)
+    assert digests == {"metrics": data_digest([(x[:20], y[:20])]), "metrics_repeat": data_digest([(x[20:], y[20:])])}
+
+
+def test_fit_is_counted_by_hand_on_labels_as_given_and_clean(trained: Trained, found: dict[str, Any]) -> None:
+    split = trained.split
+    with torch.no_grad():
+        logits = trained.model(split.train_x).double().numpy()
+    logp = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    for suffix, labels in (("", split.train_y.numpy()), ("_clean", split.train_y_clean.numpy())):
+        assert found["fit"][f"train_loss{suffix}"] == pytest.approx(-logp[np.arange(100), labels].mean(), rel=1e-5)
+        assert found["fit"][f"train_error{suffix}"] == (logits.argmax(1) != labels).mean()
+    assert found["fit"]["train_error"] != found["fit"]["train_error_clean"]
+    flat = np.concatenate([p.detach().double().numpy().ravel() for p in trained.model.parameters()])
+    assert found["fit"]["weight_norm"] == pytest.approx(np.sqrt((flat**2).sum()), rel=1e-12)
 
 
 def test_m_sharpness_by_hand(trained: Trained, found: dict[str, Any], measured: MeasureConfig) -> None:
-    x, y = sample_of(trained.split, 64, 0, CPU)
+    x, y = sample_of(trained.split, 48, 0, CPU)  # of the first half, 50 images, 3 micro-batches
     params = list(trained.model.parameters())
     rises = []
     for xs, ys in zip(x.split(16), y.split(16), strict=True):
@@ -92,25 +126,20 @@ def test_m_sharpness_by_hand(trained: Trained, found: dict[str, Any], measured: 
             rises.append((torch.nn.functional.cross_entropy(trained.model(xs), ys) - loss).item())
             for p, old in zip(params, saved, strict=True):
                 p.copy_(old)
-    assert found["m_sharpness"]["value"] == pytest.approx(np.mean(rises), rel=1e-4)
+    assert found["metrics"]["one_step_l2@0.1"]["value"] == pytest.approx(np.mean(rises), rel=1e-4)
 
 
-def test_every_arm_is_measured_on_the_same_images(
-    tiny: Callable[..., RunConfig], measured: MeasureConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[Tensor] = []
-    original = module.m_sharpness
-
-    def spy(model: Any, batches: Any, **kwargs: Any) -> Any:
-        seen.append(torch.cat([x for x, _ in batches]))
-        return original(model, batches, **kwargs)
-
-    monkeypatch.setattr(module, "m_sharpness", spy)
+def test_every_arm_is_measured_on_the_same_images(tiny: Callable[..., RunConfig], measured: MeasureConfig) -> None:
+    digests = set()
     for mask in ("none", "random", "fisher"):
-        measure(train_run(tiny(mask=mask, epochs=1), CPU), measured, CPU)
-    assert len(seen[0]) == 64
-    assert torch.equal(seen[0], seen[1])
-    assert torch.equal(seen[0], seen[2])
+        found = measure(train_run(tiny(mask=mask, epochs=1), CPU), measured, CPU)
+        digests.add(
+            tuple(
+                one["settings"]["data_digest"] for key in ("metrics", "metrics_repeat") for one in found[key].values()
+            )
+        )
+    assert len(digests) == 1
+    assert len(set(digests.pop())) == 2
 
 
 def test_measuring_reads_the_test_images_once_and_leaves_the_model(
@@ -131,17 +160,18 @@ def test_a_metric_that_cannot_be_taken_says_why(tiny: Callable[..., RunConfig], 
     with torch.no_grad():
         broken.model.head.weight.fill_(float("nan"))  # type: ignore[union-attr, operator]
     found = measure(broken, measured, CPU)
-    for key in ("lambda_max", "m_sharpness"):
-        assert set(found[key]) == {"error"}
-        assert "not finite" in found[key]["error"]
+    for one in found["metrics"].values():
+        assert (one["value"], one["error"], one["n"]) == (None, None, 0)
+        assert "not finite" in one["settings"]["reason"]
     assert 0 <= found["test_accuracy"] <= 1
     assert len(found["test_correct"]) == 50
 
 
 def test_too_few_images_for_a_micro_batch(trained: Trained) -> None:
-    found = measure(trained, MeasureConfig(images=10, sharpness_m=64), CPU)
-    assert found["m_sharpness"] == {"error": "m-sharpness with m=64 needs at least 64 examples, got 10"}
-    assert "value" in found["lambda_max"]
+    found = measure(trained, MeasureConfig(images=10, sharpness_m=64), CPU)["metrics"]
+    reason = found["one_step_l2@0.1"]["settings"]["reason"]
+    assert reason == "m-sharpness with m=64 needs at least 64 examples, got 10"
+    assert found["lambda_max"]["value"] is not None
 
 
 @pytest.mark.parametrize(
@@ -151,9 +181,70 @@ def test_too_few_images_for_a_micro_batch(trained: Trained) -> None:
         ({"sharpness_m": 0}, "must be at least 1"),
         ({"sharpness_rho": 0.0}, "sharpness_rho must be a positive finite number, got 0.0"),
         ({"sharpness_rho": float("nan")}, "must be a positive finite number, got nan"),
+        ({"repeats": 3}, "repeats must be 1 or 2, got 3"),
+        ({"metrics": "lamda_max"}, "unknown metric 'lamda_max'; did you mean lambda_max"),
+        ({"metrics": "gradient_norm@1"}, "takes no radius"),
         ({"sharpness_rho": float("inf")}, "must be a positive finite number, got inf"),
     ],
 )
 def test_measurements_that_cannot_be_had(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         MeasureConfig(**settings)
+
+
+DROPOUT = """from torch import nn
+
+def net(num_classes):
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(64, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, num_classes)
+    )
+"""
+
+
+def test_measuring_along_training_changes_nothing_and_is_the_measurement_of_those_weights(
+    tiny: Callable[..., RunConfig], measured: MeasureConfig, in_folder: Path
+) -> None:
+    # Random state, batch statistics, momentum and a mask that is built anew: all could be disturbed.
+    Path("drop_net.py").write_text(DROPOUT)
+    quiet = tiny(mask="fisher@every=1", epochs=5, weight_decay=0.01, model="drop_net:net", width=None)
+    config = replace(quiet, measure_every=2)
+    observed: list[dict[str, Any]] = []
+
+    def observer(model: Any, split: Any) -> dict[str, Any]:
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        grads = {name: p.grad for name, p in model.named_parameters()}
+        modes = [module.training for module in model.modules()]
+        state = torch.get_rng_state()
+        observed.append(observe(model, split, config.seed, measured, CPU))
+        assert torch.equal(torch.get_rng_state(), state)
+        assert [module.training for module in model.modules()] == modes
+        assert all(p.grad is grads[name] for name, p in model.named_parameters())
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        torch.rand(7)  # what an observer draws is not missing in training
+        return observed[-1]
+
+    plain, watched = train_run(quiet, CPU), train_run(config, CPU, observer=observer)
+    for name, value in plain.model.state_dict().items():
+        assert torch.equal(value, watched.model.state_dict()[name]), name
+    assert [epoch.observed for epoch in watched.history] == [None, observed[0], None, observed[1], None]
+    assert [replace(epoch, observed=None) for epoch in watched.history] == list(plain.history)
+    assert plain.builds == watched.builds
+    assert observed[0]["fit"]["train_loss"] > observed[1]["fit"]["train_loss"]
+    assert "observed" not in result_of(plain)["history"][1]
+    assert result_of(watched)["history"][1]["observed"] == observed[0]
+
+
+def test_batch_statistics_are_untouched_by_measuring_along_training(
+    tiny: Callable[..., RunConfig], measured: MeasureConfig
+) -> None:
+    config = tiny(mask="norm", epochs=3, measure_every=1)
+    job = Job("a", "norm", config, measured)
+    record, plain = execute(job, "cpu"), execute(replace(job, config=replace(config, measure_every=0)), "cpu")
+    history = record.result["history"]
+    assert ["observed" in epoch for epoch in history] == [True, True, False]
+    assert set(history[0]["observed"]) == {"fit", "metrics", "metrics_repeat"}
+    for epoch in history:
+        epoch.pop("observed", None)
+    assert record.result == plain.result
+    # A tuning run reads nothing but validation images.
+    assert not any("observed" in epoch for epoch in execute(replace(job, measure=None), "cpu").result["history"])

@@ -85,7 +85,8 @@ def test_names_are_shown_as_they_are(comparison: Comparison, table: Table) -> No
 def test_runs_without_numbers_are_left_out_without_a_word_on_stderr(comparison: Comparison, table: Table) -> None:
     def broken(record: RunRecord) -> RunRecord:
         history = [{"loss": None, "ascent": None, "radius": None}] * len(record.result["history"])
-        gone = {"lambda_max": {"error": "gone"}, "m_sharpness": {"error": "gone"}, "history": history}
+        metrics = {name: {"value": None} for name in record.result["metrics"]}
+        gone = {"metrics": metrics, "history": history}
         return replace(record, result=record.result | gone)
 
     for affected in (("norm",), tuple(comparison.records)):

@@ -150,12 +150,14 @@ def test_runs_csv_is_the_records(written: Path, comparison: Comparison) -> None:
         assert (line["seed"], line["epochs"]) == (record.config["seed"], record.config["epochs"])
         assert line["rho"] == record.config["rho"] if arm in comparison.chosen else pd.isna(line["rho"])
         assert (line["kept"], line["mask_digest"]) == (build["num_kept"], build["digest"])
-        assert line["train_loss"] == result["history"][-1]["loss"]
+        assert line["train_loss_last_epoch"] == result["history"][-1]["loss"]
+        assert {key: line[key] for key in result["fit"]} == result["fit"]
         assert line["ascent_last_epoch"] == result["history"][-1]["ascent"]
         assert (line["val_accuracy"], line["test_accuracy"]) == (result["val_accuracy"], result["test_accuracy"])
-        assert line["lambda_max"] == result["lambda_max"]["value"]
-        assert line["lambda_max_residual"] == result["lambda_max"]["residual"]
-        assert line["m_sharpness"] == result["m_sharpness"]["value"]
+        assert {"lambda_max", "one_step_l2@0.1"} < set(result["metrics"]) == set(result["metrics_repeat"])
+        for name, metric in result["metrics"].items():
+            assert line[name] == metric["value"]
+            assert line[f"{name}_repeat"] == result["metrics_repeat"][name]["value"]
         assert line["diverged"] == result["diverged"] or (pd.isna(line["diverged"]) and result["diverged"] is None)
         assert line["train_seconds"] == record.telemetry["train_seconds"]
 

@@ -181,8 +181,8 @@ def test_a_run_here(tiny: Tiny, measured: MeasureConfig) -> None:
     tuned = execute(Job("a", "arm", config, None), "cpu")
     report = execute(Job("b", "arm", config, measured), "cpu")
     assert (tuned.run_id, tuned.arm, report.run_id) == ("a", "arm", "b")
-    assert not {key for key in tuned.result if key.startswith(("test_acc", "test_corr", "lambda", "m_sharp"))}
-    assert {"test_accuracy", "test_correct", "test_index", "lambda_max", "m_sharpness"} <= set(report.result)
+    assert not {key for key in tuned.result if key.startswith(("test_acc", "test_corr", "metrics", "fit"))}
+    assert {"test_accuracy", "test_correct", "test_index", "metrics", "metrics_repeat", "fit"} <= set(report.result)
     assert tuned.result.items() <= report.result.items()
     assert report.config == asdict(config.resolved())
     assert 0 < report.telemetry["mask_seconds"] < report.telemetry["train_seconds"]

@@ -63,12 +63,12 @@ def test_means_over_seeds_and_steps(comparison: Comparison, rows: dict[str, Row]
         assert row.rho == comparison.chosen.get(name)
         assert row.diverged == sum(r.result["diverged"] is not None for r in records)
         assert row.n == 3
-        for key in ("lambda_max", "m_sharpness"):
+        for key, name_in_full in (("lambda_max", "lambda_max"), ("m_sharpness", "one_step_l2@0.1")):
             metric = getattr(row, key)
-            values = [r.result[key]["value"] for r in records]
+            values = [r.result["metrics"][name_in_full]["value"] for r in records]
             wanted = by_hand_interval(values)
             assert (metric.interval.value, metric.interval.low, metric.interval.high) == pytest.approx(wanted)
-            assert (metric.missing, metric.name) == (0, records[0].result[key]["name"])
+            assert (metric.missing, metric.name) == (0, records[0].result["metrics"][name_in_full]["settings"]["name"])
     assert rows["norm"].radius == pytest.approx(comparison.chosen["norm"], rel=1e-5)
     assert (rows["none"].radius, rows["none"].ascent, rows["none"].norm_share) == (0, 0, None)
     assert (rows["norm"].jaccard_norm, rows["norm"].norm_share, rows["fisher"].norm_share) == (1, 1, 0)
@@ -151,6 +151,10 @@ def test_the_text_is_the_rounded_numbers(table: Table) -> None:
 SIZES = {"none": 0, "all": NUMEL, "norm": 50, "random": 50}
 
 
+def measured(value: float | None, name: str = "a metric", **settings: Any) -> dict[str, Any]:
+    return {"value": value, "error": None, "n": 9, "settings": {"name": name, "converged": True, **settings}}
+
+
 def record(arm: Arm, seed: int, accuracy: float = 0.5, **changes: Any) -> RunRecord:
     kept = SIZES.get(arm.mask.partition(":")[0], 50)
     build = {
@@ -158,13 +162,13 @@ def record(arm: Arm, seed: int, accuracy: float = 0.5, **changes: Any) -> RunRec
         **{"norm_share": 0.0 if kept else None, "jaccard_norm": 0.25, "kept_per_tensor": {}, "error": None},
     }
     right = round(40 * accuracy)
-    metric = {"name": "a metric", "value": 2.0 + 0.1 * seed, "converged": True}
+    metrics = {"lambda_max": measured(2.0 + 0.1 * seed), "one_step_l2@0.1": measured(0.1, "other")}
     result = {
         "history": [{"loss": 1.0, "ascent": 0.25, "radius": 0.5}, {"loss": 0.5, "ascent": 0.75, "radius": 1.5}],
         **{"mask_builds": [build], "diverged": None, "val_accuracy": 0.5, "test_accuracy": right / 40},
         **{"test_correct": "1" * right + "0" * (40 - right), "test_index": list(range(seed, seed + 40))},
         **{"test_is_shared": False, "train_images": 10, "val_images": 5, "test_images": 40},
-        **{"lambda_max": metric, "m_sharpness": {"name": "other", "value": 0.1}},
+        "metrics": metrics | changes.pop("metrics", {}),
     }
     telemetry = {"train_seconds": 2.0, "clock": "processor time", **changes.pop("telemetry", {})}
     environment = {"torch": "2", **changes.pop("environment", {})}
@@ -293,9 +297,9 @@ def test_diverged_runs_are_counted_marked_and_kept_in_every_mean(made: Made) -> 
 def test_a_metric_that_could_not_be_measured_everywhere(made: Made) -> None:
     def change(arm: str, seed: int) -> dict[str, Any]:
         if arm == "norm":
-            return {"lambda_max": {"error": "not finite"}} if seed < 3 else {}
-        slow = {"name": "a metric", "value": 7.0, "converged": False}
-        return {"lambda_max": slow, "m_sharpness": {"error": "too few"}} if arm == "random" else {}
+            return {"metrics": {"lambda_max": measured(None, reason="not finite")}} if seed < 3 else {}
+        slow = {"lambda_max": measured(7.0, converged=False), "one_step_l2@0.1": measured(None, reason="too few")}
+        return {"metrics": slow} if arm == "random" else {}
 
     comparison = made(change)
     norm, random = row_of(comparison, "norm"), row_of(comparison, "random")
@@ -309,7 +313,7 @@ def test_a_metric_that_could_not_be_measured_everywhere(made: Made) -> None:
     assert warnings(comparison) == [
         "METRIC INCOMPLETE: norm: 3 seeds without, 0 not converged: a metric.",
         "METRIC INCOMPLETE: random: 0 seeds without, 8 not converged: a metric.",
-        "METRIC INCOMPLETE: random: 8 seeds without, 0 not converged: m_sharpness: too few.",
+        "METRIC INCOMPLETE: random: 8 seeds without, 0 not converged: one_step_l2@0.1: too few.",
     ]
 
 
@@ -407,7 +411,7 @@ def test_a_small_p_value_is_not_shown_as_zero(made: Made, n: int, wanted: str) -
     ],
 )
 def test_metrics_are_shown_with_three_digits_whatever_their_size(made: Made, value: float, text: str) -> None:
-    comparison = made(lambda arm, seed: {"lambda_max": {"name": "a metric", "value": value}})
+    comparison = made(lambda arm, seed: {"metrics": {"lambda_max": measured(value)}})
     assert shown(build_table(comparison)).loc["norm", "lambda_max"] == text
 
 

@@ -1,0 +1,152 @@
+"""A comparison's folder as a table of runs, for a verdict: plain JSON is read, nothing is executed or imported."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from analysis.reliability import REPEAT
+from experiments.compare import STUDY_FILE, STUDY_SCHEMA, choose, trial_of
+from experiments.record import RunRecord
+from masks.errors import InputError
+
+CONTROLS = ("train_error", "train_loss", "weight_norm")
+"""Columns beside the metrics: of the final weights, on all training images with their labels as given."""
+
+
+@dataclass(frozen=True, eq=False)
+class Study:
+    """The runs of a comparison on the report's seeds.
+
+    Attributes:
+        frame: one row per run: ``arm``, ``seed``, ``rho`` (0 for an arm without one), ``test_error``, ``train_error``,
+            ``train_loss``, ``weight_norm``, ``train_error_clean``, a column for each metric and, where it was measured
+            twice, METRIC_repeat; see :mod:`analysis.reliability`. Arms and radii with a run that diverged or is missing
+            are left out.
+        arms: names of the arms in the order of the comparison; those with role "control" are in ``controls``.
+        chosen: the radius of each arm that has one, chosen on validation data.
+        metrics: the metrics that all runs name, in full.
+        trajectories: for each (arm, seed, rho) what was measured along training, the final weights last: rows like
+            those of the frame, with column ``epoch``.
+        left_out: the other pairs of arm and radius, and why they are left out.
+    """
+
+    frame: pd.DataFrame
+    arms: tuple[str, ...]
+    controls: frozenset[str]
+    chosen: dict[str, float]
+    metrics: tuple[str, ...]
+    trajectories: dict[tuple[str, int, float], pd.DataFrame]
+    left_out: dict[tuple[str, float], str]
+
+
+def load_frame(folder: Path) -> pd.DataFrame:
+    """The runs of a comparison as a table; see :class:`Study` for the columns and :func:`load_study` for errors."""
+    return load_study(folder).frame
+
+
+def load_study(folder: Path) -> Study:
+    """Read the folder of a comparison.
+
+    Raises:
+        InputError: no comparison, one that is not finished, or records that cannot be read.
+    """
+    arms = _arms(folder)
+    records = [RunRecord.load(path) for path in sorted((folder / "runs").glob("*.json"))]
+    try:
+        tuned: dict[tuple[str, float], list[RunRecord]] = {}
+        for record in records:
+            if record.config["tuning"]:
+                tuned.setdefault((record.arm, float(record.config["rho"])), []).append(record)
+        chosen = {name: radii[0] for name, (_, radii) in arms.items() if radii}
+        chosen |= choose([trial_of(arm, rho, found) for (arm, rho), found in tuned.items()])
+        report = [record for record in records if not record.config["tuning"]]
+        if not report:
+            raise InputError(f"{folder} holds no finished run of the report; let sam-masks compare finish first")
+        kept, left_out = _complete(report)
+        metrics = tuple(dict.fromkeys(name for record in kept for name in record.result["metrics"]))
+        return Study(
+            frame=pd.DataFrame([_row(record, record.result) for record in kept]),
+            arms=tuple(arms),
+            controls=frozenset(name for name, (role, _) in arms.items() if role == "control"),
+            chosen=chosen,
+            metrics=metrics,
+            trajectories={_key(record): _trajectory(record) for record in kept},
+            left_out=left_out,
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"the records in {folder} are of another version: {type(error).__name__} {error}; run the comparison again"
+        ) from None
+
+
+def _arms(folder: Path) -> dict[str, tuple[str, list[float]]]:
+    """Role and radii of each arm."""
+    path = folder / STUDY_FILE
+    try:
+        study = json.loads(path.read_text(encoding="utf-8"))
+        if study["schema"] != STUDY_SCHEMA:
+            raise InputError(f"{path} has another schema than {STUDY_SCHEMA}")
+        return {arm["name"]: (arm["role"], [float(rho) for rho in arm["rho"]]) for arm in study["config"]["arms"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(
+            f"{folder} is not the folder of a comparison: cannot read its {STUDY_FILE} ({type(error).__name__})"
+        ) from None
+
+
+def _key(record: RunRecord) -> tuple[str, int, float]:
+    config = record.config
+    return record.arm, int(config["seed"]), float(config["rho"])
+
+
+def _complete(records: list[RunRecord]) -> tuple[list[RunRecord], dict[tuple[str, float], str]]:
+    """The records of the arms and radii of which every seed is there and none diverged, and why the others are not."""
+    cells: dict[tuple[str, float], list[RunRecord]] = {}
+    for record in records:
+        arm, _, rho = _key(record)
+        cells.setdefault((arm, rho), []).append(record)
+    seeds = {record.config["seed"] for record in records}
+    kept: list[RunRecord] = []
+    left_out: dict[tuple[str, float], str] = {}
+    for cell, found in sorted(cells.items()):
+        diverged = sorted(record.config["seed"] for record in found if record.result["diverged"])
+        if diverged:
+            which = f"seed{'s' * (len(diverged) > 1)} {', '.join(map(str, diverged))}"
+            left_out[cell] = f"{len(diverged)} of {len(found)} runs diverged ({which})"
+        elif len(found) < len(seeds):
+            left_out[cell] = f"{len(found)} of {len(seeds)} seeds are finished"
+        else:
+            kept += found
+    if not kept:
+        why = "; ".join(f"{arm} at rho {rho:g}: {reason}" for (arm, rho), reason in left_out.items())
+        raise InputError(f"no arm and radius is left to judge: {why}")
+    return kept, left_out
+
+
+def _row(record: RunRecord, result: dict[str, Any]) -> dict[str, Any]:
+    """One run: final weights (``result`` of the record) or weights along the way (``observed`` of an epoch)."""
+    arm, seed, rho = _key(record)
+    row: dict[str, Any] = {"arm": arm, "seed": seed, "rho": rho, "test_error": 1 - record.result["test_accuracy"]}
+    row |= {name: _number(result["fit"][name]) for name in (*CONTROLS, "train_error_clean")}
+    row |= {name: _number(found["value"]) for name, found in result["metrics"].items()}
+    row |= {name + REPEAT: _number(found["value"]) for name, found in result.get("metrics_repeat", {}).items()}
+    return row
+
+
+def _trajectory(record: RunRecord) -> pd.DataFrame:
+    history = record.result["history"]
+    rows = [
+        {"epoch": epoch + 1, **_row(record, one["observed"])} for epoch, one in enumerate(history) if "observed" in one
+    ]
+    return pd.DataFrame([*rows, {"epoch": len(history), **_row(record, record.result)}])
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)
