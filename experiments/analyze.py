@@ -17,12 +17,7 @@ from analysis import PRIMARY
 from analysis.evaluation import evaluation_mode, place, precision_of
 from analysis.examples import check_repeatable
 from analysis.metrics import resolve
-from experiments.checkpoint import read_weights
-from experiments.config import RunConfig
-from experiments.measure import listed, results
-from experiments.record import code_digest, content_digests, file_digest, finite, write_text
-from experiments.split import Split
-from experiments.train import (
+from experiments.build import (
     batches_of,
     budget_of,
     initial_model,
@@ -32,6 +27,11 @@ from experiments.train import (
     sample_of,
     split_of,
 )
+from experiments.checkpoint import read_weights
+from experiments.config import RunConfig
+from experiments.measure import listed, results
+from experiments.record import code_digest, content_digests, file_digest, finite, write_text
+from experiments.split import Split
 from masks import Batch, Mask, MaskContext, MaskSpec, cross_entropy
 from masks.errors import InputError
 

@@ -13,12 +13,12 @@ import pandas as pd
 import torch
 from torch import nn
 
+from experiments.build import batches_of, load_cached, load_weights, sample_of
 from experiments.checkpoint import read_weights
 from experiments.cost import step_costs
 from experiments.models import build_model, check_model
 from experiments.seeds import derive_seed
 from experiments.split import make_split
-from experiments.train import batches_of, load_cached, load_weights, sample_of
 from masks import Batch, Budget, Mask, MaskContext, MaskError, MaskSpec, ParamTable, list_masks
 from masks.errors import InputError
 

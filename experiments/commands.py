@@ -96,24 +96,25 @@ def _pick(cls: type, values: dict[str, Any]) -> Any:
 
 
 def run_compare(values: dict[str, Any]) -> int:
+    from experiments.build import pick_device
     from experiments.compare import compare
     from experiments.config import CompareConfig, default_processes
+    from experiments.executors.local import LocalExecutor
     from experiments.measure import MeasureConfig
     from experiments.report import write_report
+    from experiments.runner import Policy
     from experiments.table import build_table, frame, shown
-    from experiments.train import pick_device
 
     options: CompareOptions = _pick(CompareOptions, values)
     on_gpu = pick_device(options.device).type == "cuda"
+    processes = (1 if on_gpu else default_processes()) if options.processes is None else options.processes
     comparison = compare(
         _pick(CompareConfig, values),
         None if options.out is None else Path(options.out),
         measure=_pick(MeasureConfig, values),
         sweep=options.sweep,
-        processes=(1 if on_gpu else default_processes()) if options.processes is None else options.processes,
-        device=options.device,
-        plugins=listed(options.plugin),
-        quiet=options.quiet,
+        executor=LocalExecutor(processes),
+        policy=Policy(device=options.device, plugins=listed(options.plugin), quiet=options.quiet),
     )
     table = build_table(comparison)
     page = write_report(comparison, table)

@@ -8,12 +8,16 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from experiments.build import budget_of, initial_model, load_cached, split_of
 from experiments.config import Arm, CompareConfig
 from experiments.cost import step_costs
+from experiments.executors.base import Executor
+from experiments.executors.local import LocalExecutor
 from experiments.measure import MeasureConfig
 from experiments.record import RunRecord, content_digests, write_text
-from experiments.runner import Job, Runner
-from experiments.train import budget_of, initial_model, load_cached, number_of_steps, pick_device, split_of
+from experiments.runner import Policy, Runner
+from experiments.train import number_of_steps
+from experiments.worker import Job
 from masks import MaskContext, MaskSpec, mask_info
 from masks.errors import InputError
 
@@ -175,10 +179,8 @@ def compare(
     *,
     measure: MeasureConfig | None = None,
     sweep: bool = False,
-    processes: int = 1,
-    device: str = "auto",
-    plugins: Sequence[str] = (),
-    quiet: bool = False,
+    executor: Executor | None = None,
+    policy: Policy | None = None,
 ) -> Comparison:
     """Run a comparison, or finish one that was interrupted: finished runs are read, not made again.
 
@@ -188,17 +190,15 @@ def compare(
         measure: what to measure at the end of each run.
         sweep: train every arm at every radius of its grid on the report's seeds, too, and measure it: what a verdict
             at equal sharpness rests on. The radius that is reported is chosen as without.
-        processes: how many runs at once.
-        device: name of the device of every run.
-        plugins: modules to import for their masks.
-        quiet: no progress bars.
+        executor: where runs execute; by default one after the other in a process of this machine.
+        policy: device, plugins, retries, checkpoints.
 
     Raises:
         InputError: what was asked for cannot be had; nothing was run, or what was run is kept.
         RunFailed: a run failed for another reason; the others are finished first, and kept.
     """
-    measure = measure or MeasureConfig()
-    pick_device(device)
+    measure, policy = measure or MeasureConfig(), policy or Policy()
+    executor = executor or LocalExecutor(1)
     data = load_cached(config.data)
     check_arms(config)  # imports the user's own model, whose source is part of the content
     content = content_digests([arm.mask for arm in config.arms], config, data.digest)
@@ -207,7 +207,7 @@ def compare(
     open_folder(folder, config, measure, study_id)
     plan = _Plan(config, measure, content)
     try:
-        with Runner(folder / "runs", processes=processes, device=device, plugins=plugins, quiet=quiet) as runner:
+        with Runner(folder / "runs", executor, policy) as runner:
             tuning = plan.tuning()
             done = runner.run([job for jobs in tuning.values() for job in jobs], "choosing rho")
             trials = tuple(

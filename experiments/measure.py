@@ -12,8 +12,9 @@ from torch import nn
 
 from analysis import Estimate, measurements
 from analysis.metrics import resolve
+from experiments.build import batches_of, correct, sample_of
 from experiments.split import Split
-from experiments.train import Trained, batches_of, correct, sample_of
+from experiments.train import Trained
 from masks import Batch, cross_entropy
 from masks.errors import InputError
 

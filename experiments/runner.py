@@ -1,158 +1,74 @@
-"""Run many configurations: one process per core, one thread each, records written as they finish."""
+"""Carry out the runs of a study: those that are not in the store yet, wherever the executor puts them."""
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
-import threading
-from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+import time
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
-from experiments.config import RunConfig
-from experiments.measure import MeasureConfig, measure, observe
-from experiments.record import RunRecord, environment
-from experiments.train import Observer, Trained, clock_of, pick_device, result_of, train_run
-from masks import load_plugin
+from experiments.executors.base import Executor
+from experiments.record import RunRecord
+from experiments.store import Store
+from experiments.worker import Job, Outcome, Task
 from masks.errors import InputError
 
-_THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
-
-
-@dataclass(frozen=True)
-class Job:
-    """A run to be done.
-
-    Attributes:
-        run_id: its name.
-        arm: the arm it belongs to.
-        config: what to train.
-        measure: what to measure at the end; None for tuning runs, which read no test image.
-        cost: relative size, to start long runs first.
-    """
-
-    run_id: str
-    arm: str
-    config: RunConfig
-    measure: MeasureConfig | None
-    cost: float = 1.0
+_MOST_DEATHS = 10
+_POLL_SECONDS = 0.5
 
 
 class RunFailed(RuntimeError):
-    """A run raised an error that is not the user's."""
+    """Runs failed with errors that are not the user's."""
 
 
-def execute(job: Job, device_name: str) -> RunRecord:
-    """Do one run here, in this process."""
-    device = pick_device(device_name)
-    trained = train_run(job.config, device, observer=observer_of(job.config, job.measure, device))
-    return record_of(trained, job.run_id, job.arm, job.measure, device)
-
-
-def observer_of(config: RunConfig, measure_config: MeasureConfig | None, device: torch.device) -> Observer | None:
-    """What measures along the run; None for a tuning run (``measure_config`` None)."""
-    if measure_config is None:
-        return None
-    return lambda model, split: observe(model, split, config.seed, measure_config, device)
-
-
-def record_of(
-    trained: Trained, run_id: str, arm: str, measure_config: MeasureConfig | None, device: torch.device
-) -> RunRecord:
-    """Measure a trained model, unless it is a tuning run (None), and write down all that is known of the run."""
-    clock = clock_of(device)
-    start = clock()
-    measured = {} if measure_config is None else measure(trained, measure_config, device)
-    return RunRecord(
-        run_id=run_id,
-        arm=arm,
-        config=asdict(trained.config),
-        result=result_of(trained) | measured,
-        telemetry={
-            "clock": "time on the wall" if device.type == "cuda" else "processor time",
-            "train_seconds": trained.train_seconds,
-            "mask_seconds": trained.mask_seconds,
-            "measure_seconds": clock() - start + trained.observe_seconds,
-        },
-        environment=environment(device),
-    )
-
-
-def _start_worker(plugins: Sequence[str]) -> None:
-    torch.set_num_threads(1)
-    for module in plugins:
-        load_plugin(module)
-
-
-@contextmanager
-def _starting_children() -> Iterator[None]:
-    """What processes started inside inherit: one thread, read when they load their libraries, and deafness to
-    Ctrl-C, which is for this process; they are ended by :meth:`Runner.__exit__`."""
-    before = {name: os.environ.get(name) for name in _THREAD_VARIABLES}
-    os.environ.update(dict.fromkeys(_THREAD_VARIABLES, "1"))
-    in_main = threading.current_thread() is threading.main_thread()  # elsewhere, signals cannot be set
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN) if in_main else None
-    try:
-        yield
-    finally:
-        if in_main:
-            signal.signal(signal.SIGINT, handler)
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
-def _load(path: Path, job: Job) -> RunRecord:
-    record = RunRecord.load(path)
-    if record.run_id != job.run_id or record.config != asdict(job.config):
-        raise InputError(f"{path} is the record of another run ({record.run_id}); move it away")
-    return record
-
-
-class Runner:
-    """A pool of worker processes; use it as a context manager.
+@dataclass(frozen=True)
+class Policy:
+    """How runs are carried out.
 
     Args:
-        folder: where records go; records that are there already are not made again.
-        processes: how many runs at once.
         device: name of the device of every run.
-        plugins: modules that every worker imports for their masks.
+        plugins: modules that every process imports.
+        retries: how often a run that failed is tried again.
+        checkpoint_epochs: epochs between checkpoints; 0 for none by epochs.
+        checkpoint_minutes: minutes between checkpoints.
         quiet: no progress bar.
     """
 
-    def __init__(
-        self, folder: Path, *, processes: int, device: str = "auto", plugins: Sequence[str] = (), quiet: bool = False
-    ) -> None:
-        if processes < 1:
-            raise InputError(f"processes must be at least 1, got {processes}")
-        self.folder, self.device, self.quiet = folder, device, quiet
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"cannot use {folder} for results: {error.strerror or error}") from None
-        self._pool = ProcessPoolExecutor(
-            processes, multiprocessing.get_context("spawn"), initializer=_start_worker, initargs=(tuple(plugins),)
-        )
+    device: str = "auto"
+    plugins: tuple[str, ...] = ()
+    retries: int = 0
+    checkpoint_epochs: int = 0
+    checkpoint_minutes: float = 10.0
+    quiet: bool = False
+
+
+class Runner:
+    """Brings a store up to date with lists of jobs; a context manager, which stops the executor.
+
+    Args:
+        folder: the store.
+        executor: where runs execute.
+        policy: how.
+
+    Raises:
+        InputError: the folder cannot be used.
+    """
+
+    def __init__(self, folder: Path, executor: Executor, policy: Policy | None = None) -> None:
+        self.store, self.executor, self.policy = Store(folder), executor, policy or Policy()
 
     def __enter__(self) -> Runner:
         return self
 
-    def __exit__(self, *exception: Any) -> None:
-        failed = exception[0] is not None
-        workers = dict(getattr(self._pool, "_processes", None) or {}) if failed else {}
-        self._pool.shutdown(wait=not failed, cancel_futures=True)
-        for worker in workers.values():  # else the interpreter would wait for runs that nobody wants
-            worker.terminate()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.executor.stop()
 
     def run(self, jobs: Sequence[Job], label: str) -> dict[str, RunRecord]:
         """Do all jobs, or read their records where they are done.
@@ -161,55 +77,85 @@ class Runner:
             Records by run id.
 
         Raises:
-            InputError: a run found that its configuration cannot be had, or a record cannot be read or written;
-                finished records are kept.
-            RunFailed: a run failed otherwise; the others are finished first, unless its process died.
+            InputError: what a run asked for cannot be had, or the store cannot be written; finished runs are kept.
+            RunFailed: runs failed otherwise, as often as the policy allows; the others are finished first.
+            KeyboardInterrupt: a run was stopped from outside.
         """
-        if not jobs:
-            return {}
+        todo = {job.run_id: job for job in jobs}
         records: dict[str, RunRecord] = {}
-        todo: list[Job] = []
-        for job in jobs:
-            path = self.folder / f"{job.run_id}.json"
-            if path.exists():
-                records[job.run_id] = _load(path, job)
-            else:
-                todo.append(job)
+        tries: Counter[str] = Counter()
+        deaths: Counter[str] = Counter()
         failures: list[str] = []
-        bar = tqdm(
-            total=len(jobs), initial=len(records), desc=label, unit="run", disable=self.quiet, dynamic_ncols=True
-        )
-        todo.sort(key=lambda job: -job.cost)
-        with bar:
-            with _starting_children():
-                waiting: dict[Future[RunRecord], Job] = {
-                    self._pool.submit(execute, job, self.device): job for job in todo
-                }
-            while waiting:
-                # Wake up now and then, so that the bar's clock moves although no run has finished.
-                done, _ = wait(waiting, timeout=2.0, return_when=FIRST_COMPLETED)
-                bar.refresh()
-                for future in done:
-                    job = waiting.pop(future)
-                    try:
-                        record = future.result()
-                    except InputError as error:
-                        raise InputError(f"arm {job.arm}: {error}") from None
-                    except BrokenProcessPool:
-                        raise RunFailed(
-                            f"a process that ran {job.arm}, seed {job.config.seed}, or another run, ended abruptly "
-                            "(out of memory?); finished runs are kept; try fewer --processes"
-                        ) from None
-                    except Exception as error:
-                        text = " ".join(f"{type(error).__name__}: {error}".split())
-                        failures.append(f"{job.arm}, rho {job.config.rho:g}, seed {job.config.seed}: {text}")
+        with tqdm(total=len(todo), desc=label, unit="run", disable=self.policy.quiet, dynamic_ncols=True) as bar:
+            self._collect(todo, records, bar)
+            while todo:
+                before = len(todo)
+                tasks = [self._task(job) for job in sorted(todo.values(), key=lambda job: -job.cost)]
+                for ended in self.executor.run(tasks):
+                    if ended is None:
+                        bar.refresh()  # so that the clock moves although no run has finished
                         continue
-                    try:
-                        record.save(self.folder)
-                    except OSError as error:
-                        raise InputError(f"cannot write to {self.folder}: {error.strerror or error}") from None
-                    records[job.run_id] = record
-                    bar.update()
+                    job, outcome = ended[0].job, ended[1]
+                    for note in outcome.notes:
+                        bar.write(f"sam-masks: warning: {note}")
+                    if outcome.kind == "done":
+                        del todo[job.run_id]
+                        records[job.run_id] = self._record(job)
+                        bar.update()
+                    elif self._gives_up(job, outcome, tries, deaths):
+                        del todo[job.run_id]
+                        failures.append(f"{job}: {outcome.text}")
+                self._collect(todo, records, bar)
+                if len(todo) == before:  # all that is left is another driver's
+                    time.sleep(_POLL_SECONDS)
         if failures:
             raise RunFailed(f"{len(failures)} of {len(jobs)} runs failed, the others are kept; first: {min(failures)}")
         return records
+
+    def _task(self, job: Job) -> Task:
+        policy = self.policy
+        return Task(
+            job,
+            self.store.folder.absolute(),
+            policy.device,
+            policy.plugins,
+            policy.checkpoint_epochs,
+            policy.checkpoint_minutes,
+        )
+
+    def _collect(self, todo: dict[str, Job], records: dict[str, RunRecord], bar: tqdm[Any]) -> None:
+        """Take what is complete already; a damaged record is left to the process that does the run again."""
+        for run_id, job in list(todo.items()):
+            if not self.store.is_complete(run_id):
+                continue
+            try:
+                records[run_id] = self._record(job)
+            except InputError:
+                continue
+            del todo[run_id]
+            bar.update()
+
+    def _record(self, job: Job) -> RunRecord:
+        record = self.store.read(job.run_id, config=asdict(job.config))
+        if record is None:
+            raise InputError(f"the record of run {job.run_id} has gone from {self.store.folder}")
+        return record
+
+    def _gives_up(self, job: Job, outcome: Outcome, tries: Counter[str], deaths: Counter[str]) -> bool:
+        """Whether a run that did not end well is not tried again.
+
+        Raises:
+            InputError: the user's error.
+            KeyboardInterrupt: it was stopped from outside.
+        """
+        if outcome.kind == "refused":
+            raise InputError(f"arm {job.arm}: {outcome.text}")
+        if outcome.kind == "interrupted":
+            raise KeyboardInterrupt
+        if outcome.kind == "failed":
+            tries[job.run_id] += 1
+            return tries[job.run_id] > self.policy.retries
+        if outcome.kind == "died":
+            deaths[job.run_id] += 1
+            return deaths[job.run_id] > _MOST_DEATHS
+        return False

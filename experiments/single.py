@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from experiments.build import initial_model, load_cached, pick_device
 from experiments.checkpoint import read_weights, save_checkpoint
 from experiments.config import RunConfig
 from experiments.measure import MeasureConfig
 from experiments.record import RunRecord, content_digests, file_digest
-from experiments.runner import observer_of, record_of
-from experiments.train import initial_model, load_cached, pick_device, train_run
+from experiments.train import train_run
+from experiments.worker import observer_of, record_of
 from masks.errors import InputError
 
 CHECKPOINT = "checkpoint.pt"

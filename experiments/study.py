@@ -13,6 +13,7 @@ import pandas as pd
 from analysis.reliability import REPEAT
 from experiments.compare import STUDY_FILE, STUDY_SCHEMA, choose, trial_of
 from experiments.record import RunRecord
+from experiments.store import read_all
 from masks.errors import InputError
 
 CONTROLS = ("train_error", "train_loss", "weight_norm")
@@ -57,7 +58,7 @@ def load_study(folder: Path) -> Study:
         InputError: no comparison, one that is not finished, or records that cannot be read.
     """
     arms = _arms(folder)
-    records = [RunRecord.load(path) for path in sorted((folder / "runs").glob("*.json"))]
+    records = read_all(folder / "runs")
     try:
         tuned: dict[tuple[str, float], list[RunRecord]] = {}
         for record in records:

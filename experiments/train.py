@@ -1,23 +1,34 @@
-"""One training run: model, data, base optimizer and SAM from a configuration; deterministic given the seed."""
+"""One training run from a configuration: deterministic given the seed, interrupted and resumed or not."""
 
 from __future__ import annotations
 
+import json
 import math
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from experiments.build import (
+    base_optimizer,
+    batches_of,
+    budget_of,
+    clock_of,
+    correct,
+    initial_model,
+    load_cached,
+    load_weights,
+    norm_mask,
+    sample_of,
+    split_of,
+)
 from experiments.config import RunConfig
-from experiments.data import ImageSet, load_data
-from experiments.models import build_model, check_model
+from experiments.resume import Checkpointing, Interrupted, rng_state, set_rng_state
 from experiments.seeds import derive_seed
-from experiments.split import Split, make_split
-from masks import Budget, BuilderError, Mask, MaskContext, MaskError, MaskSpec, ParamTable, cross_entropy
+from experiments.split import Split
+from masks import BuilderError, Mask, MaskContext, MaskError, MaskSpec, ParamTable, cross_entropy
 from masks.errors import InputError
 from sam import SAM
 
@@ -105,124 +116,24 @@ class Trained:
         return None
 
 
-@lru_cache(maxsize=4)
-def load_cached(spec: str) -> ImageSet:
-    """The data set, read once per process."""
-    return load_data(spec)
+Observer = Callable[[nn.Module, Split], dict[str, Any]]
+"""What is measured along training: plain values from the model, which it leaves as it was, and the data."""
 
 
-def pick_device(name: str) -> torch.device:
-    """The device called "auto", "cpu", "cuda" or "cuda:N".
+class Training:
+    """A run in progress: everything that changes while it runs, so that it can be saved after any step.
 
-    Raises:
-        InputError: unknown, or not on this machine.
+    Args:
+        config: the run, resolved.
+        device: where it runs.
+        initial: weights to start from instead of the seed's.
+        observer: see :func:`train_run`.
     """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InputError(f"unknown device {name!r}; use auto, cpu, cuda or cuda:N") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise InputError(f"device {name} was asked for, and torch {torch.__version__} finds no CUDA device here")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"device {name} was asked for; this machine has {torch.cuda.device_count()} CUDA devices")
-    if device.type not in ("cpu", "cuda"):
-        raise InputError(f"device {name} is not supported; use auto, cpu, cuda or cuda:N")
-    return device
 
-
-def initial_model(config: RunConfig, data: ImageSet) -> nn.Module:
-    """The model with the seed's initial weights; the global generator is put back."""
-    channels, height, width = data.image_shape
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(config.seed, "init"))
-        model = build_model(
-            config.model,
-            in_channels=channels,
-            image_size=(height, width),
-            num_classes=data.num_classes,
-            width=config.width,
-        )
-    check_model(model, data.x[:2], data.num_classes, name=config.model)
-    return model
-
-
-def split_of(config: RunConfig, data: ImageSet) -> Split:
-    """The images of the run's seed.
-
-    Raises:
-        InputError: sizes that the data set does not have.
-    """
-    return make_split(
-        data,
-        seed=config.seed,
-        n_train=config.n_train,
-        n_val=config.n_val,
-        n_test=config.n_test,
-        label_noise=config.label_noise or 0.0,
-        tuning=config.tuning,
-    )
-
-
-def budget_of(config: RunConfig, spec: MaskSpec, model: nn.Module) -> Budget | None:
-    """How many coordinates the run's mask keeps; None for masks of natural size.
-
-    Raises:
-        MaskError: the density is out of reach, or the mask to match is itself budgeted or cannot be built.
-    """
-    if spec.info.kind == "natural":
-        return None
-    table = ParamTable.from_model(model)
-    if config.density is not None:
-        return Budget.from_density(config.density, table.numel)
-    reference = MaskSpec.parse(config.match)
-    if reference.info.kind != "natural":
-        raise MaskError(f"match must name a mask of natural size, and {reference.name} is budgeted; give a density")
-    return Budget.matching(reference.build(MaskContext(model, table), None))
-
-
-def batches_of(x: Tensor, y: Tensor, size: int) -> list[tuple[Tensor, Tensor]]:
-    """Consecutive batches; the last one may be smaller."""
-    return list(zip(torch.split(x, size), torch.split(y, size), strict=True))
-
-
-def sample_of(split: Split, n: int, seed: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """``n`` training images with their labels as given, or all, in an order drawn with the seed.
-
-    A split is in the order of the data set, which for image folders and many files is class by class: its
-    first images are of one class.
-    """
-    order = torch.randperm(len(split.train_x), generator=torch.Generator().manual_seed(derive_seed(seed, "sample")))
-    index = order[:n]
-    return split.train_x[index].to(device), split.train_y[index].to(device)
-
-
-def correct(model: nn.Module, x: Tensor, y: Tensor, batch_size: int = 512) -> Tensor:
-    """Whether each image is classified right, bool of shape (N,), on the CPU; the model must be in eval mode."""
-    with torch.no_grad():
-        right = [model(xs).argmax(1) == ys for xs, ys in batches_of(x, y, batch_size)]
-    return torch.cat(right).cpu() if right else torch.zeros(0, dtype=torch.bool)
-
-
-def clock_of(device: torch.device) -> Callable[[], float]:
-    """Seconds that a run costs: processor time on CPUs, which other processes do not stretch much; on an
-    accelerator the time on the wall, once it has finished what it was given."""
-    if device.type != "cuda":
-        return time.process_time
-
-    def synchronised() -> float:
-        torch.cuda.synchronize(device)
-        return time.perf_counter()
-
-    return synchronised
-
-
-class _Run:
-    """The state of a run in progress."""
-
-    def __init__(self, config: RunConfig, device: torch.device, initial: dict[str, Tensor] | None) -> None:
-        self.config, self.device = config, device
+    def __init__(
+        self, config: RunConfig, device: torch.device, initial: dict[str, Tensor] | None, observer: Observer | None
+    ) -> None:
+        self.config, self.device, self.observer = config, device, observer
         self.clock = clock_of(device)
         data = load_cached(config.data)
         self.split = split_of(config, data)
@@ -236,11 +147,9 @@ class _Run:
         self.spec = MaskSpec.parse(config.mask)
         self.table = ParamTable.from_model(self.model)
         self.budget = budget_of(config, self.spec, self.model)
-        self.norm = _norm_mask(self.table)
-        self.builds: list[MaskBuild] = []
-        self.mask_seconds = 0.0
+        self.norm = norm_mask(self.table)
         self.sam = SAM(
-            _base_optimizer(config, self.model, device),
+            base_optimizer(config, self.model, device),
             self.model,
             mask=Mask(self.table, (False,) * len(self.table)),
             rho=config.rho,
@@ -248,17 +157,83 @@ class _Run:
             norm_scope=config.norm_scope,
             norm_statistics=config.norm_statistics,
         )
+        self.steps = number_of_steps(config, len(self.x))
+        self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.sam, T_max=self.steps)
         self.scored = sample_of(self.split, config.score_images, config.seed, device)
         self.order = torch.Generator().manual_seed(derive_seed(config.seed, "order"))
+        self.epoch_order = self.order.get_state()
+        self.epoch = self.step = self.step_in_epoch = 0
+        self.stats: list[Tensor] = []
+        self.history: list[Epoch] = []
+        self.builds: list[MaskBuild] = []
+        self.seconds = {"train": 0.0, "mask": 0.0, "observe": 0.0}
 
-    def build_mask(self, epoch: int, step: int) -> None:
+    # -- the loop -------------------------------------------------------------------------------------------
+
+    def run(self, checkpoints: Checkpointing | None) -> None:
+        """Train to the end, from wherever it stands.
+
+        Raises:
+            Interrupted: ``checkpoints`` was asked to stop.
+        """
+        while self.epoch < self.config.epochs:
+            self.model.train()
+            batches = self._batches()
+            while self.step_in_epoch < len(batches):
+                start = self.clock()
+                self._step(batches[self.step_in_epoch])
+                self.seconds["train"] += self.clock() - start
+                if self.step_in_epoch < len(batches) and checkpoints is not None:
+                    self._maybe_save(checkpoints, epoch_end=False)
+            self._end_epoch()
+            if checkpoints is not None and self.epoch < self.config.epochs:
+                self._maybe_save(checkpoints, epoch_end=True)
+
+    def _batches(self) -> list[Tensor]:
+        """Positions of the images of the epoch's batches, in a new order.
+
+        A last batch of one image is left out: it has no statistics.
+        """
+        self.epoch_order = self.order.get_state()
+        order = torch.randperm(len(self.x), generator=self.order).to(self.device)
+        return [index for index in torch.split(order, self.config.batch_size) if len(index) > 1]
+
+    def _step(self, index: Tensor) -> None:
+        if self.spec.schedule.due(self.epoch, self.step, epoch_start=self.step_in_epoch == 0):
+            self._build_mask()
+        self.sam.step_on(self._loss, (self.x[index], self.y[index]))
+        self.scheduler.step()
+        last = self.sam.stats
+        if last is not None:
+            self.stats.append(torch.stack((last.loss.double(), last.ascent.double(), last.radius.double())))
+        self.step += 1
+        self.step_in_epoch += 1
+
+    def _loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return cross_entropy(self.model(batch[0]), batch[1])
+
+    def _end_epoch(self) -> None:
+        self.history.append(Epoch(*torch.stack(self.stats).mean(0).tolist()))
+        self.stats = []
+        if self.observer and self.epoch + 1 < self.config.epochs and self.config.measures_after(self.epoch):
+            before = self.clock()
+            with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+                self.history[-1] = replace(self.history[-1], observed=self.observer(self.model, self.split))
+            self.seconds["observe"] += self.clock() - before
+        self.epoch += 1
+        self.step_in_epoch = 0
+        self.epoch_order = self.order.get_state()
+
+    def _build_mask(self) -> None:
         start = self.clock()
         context = MaskContext(
             self.model,
             self.table,
             batches=batches_of(*self.scored, self.config.batch_size),
             seed=derive_seed(self.config.seed, "mask", str(len(self.builds))),
-            built_at=f"epoch {epoch}, step {step}",
+            built_at=f"epoch {self.epoch}, step {self.step}",
+            previous=self.sam.mask if self.builds else None,
+            progress=self.step / self.steps,
         )
         mask, failure = self.sam.mask, None
         try:
@@ -268,13 +243,13 @@ class _Run:
             # A run that diverges is a result; a mask that cannot be had from the start, or that its builder
             # gets wrong, is an error.
             finite = all(bool(torch.isfinite(p).all()) for p in context.parameters())
-            if step == 0 or (finite and isinstance(error, BuilderError)):
+            if self.step == 0 or (finite and isinstance(error, BuilderError)):
                 raise
             failure = str(error)
         self.builds.append(
             MaskBuild(
-                epoch=epoch,
-                step=step,
+                epoch=self.epoch,
+                step=self.step,
                 digest=mask.digest(),
                 num_kept=mask.num_kept,
                 numel=mask.numel,
@@ -285,18 +260,53 @@ class _Run:
                 error=failure,
             )
         )
-        self.mask_seconds += self.clock() - start
+        self.seconds["mask"] += self.clock() - start
 
-    def epoch_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The epoch's batches in a new order. A last batch of one image is left out: it has no statistics."""
-        order = torch.randperm(len(self.x), generator=self.order).to(self.device)
-        for index in torch.split(order, self.config.batch_size):
-            if len(index) > 1:
-                yield self.x[index], self.y[index]
+    # -- interruption and resume ----------------------------------------------------------------------------
 
+    def _maybe_save(self, checkpoints: Checkpointing, *, epoch_end: bool) -> None:
+        stop = checkpoints.stop()
+        if stop or checkpoints.due(self.epoch, epoch_end=epoch_end):
+            checkpoints.save(self.state_dict())
+        if stop:
+            raise Interrupted
 
-Observer = Callable[[nn.Module, Split], dict[str, Any]]
-"""What is measured along training: plain values from the model, which it leaves as it was, and the data."""
+    def _identity(self) -> str:
+        return json.dumps(asdict(self.config), sort_keys=True) + self.split.digest
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a bitwise resume needs, in plain values and tensors."""
+        return {
+            "run": self._identity(),
+            "model": self.model.state_dict(),
+            "sam": self.sam.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "order": self.epoch_order,
+            "position": [self.epoch, self.step, self.step_in_epoch],
+            "stats": self.stats,
+            # JSON keeps every double as it is.
+            "log": json.dumps([[asdict(e) for e in self.history], [asdict(b) for b in self.builds], self.seconds]),
+            "rng": rng_state(self.device),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from where :meth:`state_dict` was taken.
+
+        Raises:
+            InputError: it is of another run.
+        """
+        if state.get("run") != self._identity():
+            raise InputError("the checkpoint is of another run; remove it to start anew")
+        load_weights(self.model, state["model"])
+        self.sam.load_state_dict(state["sam"], adopt_mask=True)
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.order.set_state(state["order"])
+        self.epoch, self.step, self.step_in_epoch = state["position"]
+        self.stats = [row.to(self.device) for row in state["stats"]]
+        history, builds, self.seconds = json.loads(state["log"])
+        self.history = [Epoch(**epoch) for epoch in history]
+        self.builds = [MaskBuild(**build) for build in builds]
+        set_rng_state(state["rng"], self.device)
 
 
 def train_run(
@@ -305,65 +315,45 @@ def train_run(
     *,
     initial: dict[str, Tensor] | None = None,
     observer: Observer | None = None,
+    checkpoints: Checkpointing | None = None,
 ) -> Trained:
     """Train one model. The test images are not looked at.
 
     Args:
         config: the run.
-        device: where it runs; on the same CPU, the same configuration gives bitwise the same result.
+        device: where it runs; on the same CPU, the same configuration gives bitwise the same result, also when it was
+            interrupted and resumed.
         initial: weights to start from instead of the seed's.
         observer: called after every ``config.measure_every`` epochs but the last one; training is bitwise the same
             with it.
+        checkpoints: where the run is saved on its way, and from where it goes on.
 
     Raises:
         InputError: the data, the model, the mask or a setting cannot be had.
+        Interrupted: ``checkpoints.stop`` asked for it; the run is saved.
     """
-    config = config.resolved()
-    run = _Run(config, device, initial)
-    steps = number_of_steps(config, len(run.x))
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(run.sam, T_max=steps)
-    history: list[Epoch] = []
-    start, step, observe_seconds = run.clock(), 0, 0.0
-
-    def loss_fn(batch: tuple[Tensor, Tensor]) -> Tensor:
-        return cross_entropy(run.model(batch[0]), batch[1])
-
+    training = Training(config.resolved(), device, initial, observer)
+    saved = checkpoints.load() if checkpoints is not None else None
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(derive_seed(config.seed, "train"))  # dropout
-        for epoch in range(config.epochs):
-            run.model.train()
-            stats: list[Tensor] = []
-            for i, batch in enumerate(run.epoch_batches()):
-                if run.spec.schedule.due(epoch, step, epoch_start=i == 0):
-                    run.build_mask(epoch, step)
-                run.sam.step_on(loss_fn, batch)
-                scheduler.step()
-                last = run.sam.stats
-                if last is not None:
-                    stats.append(torch.stack((last.loss.double(), last.ascent.double(), last.radius.double())))
-                step += 1
-            history.append(Epoch(*torch.stack(stats).mean(0).tolist()))
-            if observer and epoch + 1 < config.epochs and config.measures_after(epoch):
-                before = run.clock()
-                with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-                    history[-1] = replace(history[-1], observed=observer(run.model, run.split))
-                observe_seconds += run.clock() - before
-    seconds = run.clock() - start - observe_seconds
-    run.model.eval()
-    right = correct(run.model, run.split.val_x.to(device), run.split.val_y.to(device))
+        if saved is not None:
+            training.load_state_dict(saved)
+        training.run(checkpoints)
+    model, split = training.model.eval(), training.split
+    right = correct(model, split.val_x.to(device), split.val_y.to(device))
     return Trained(
-        config=config,
-        model=run.model,
-        sam=run.sam,
-        split=run.split,
-        history=tuple(history),
-        builds=tuple(run.builds),
+        config=training.config,
+        model=model,
+        sam=training.sam,
+        split=split,
+        history=tuple(training.history),
+        builds=tuple(training.builds),
         val_accuracy=right.double().mean().item() if len(right) else math.nan,
-        skipped_steps=int(run.sam.skipped_steps),
-        train_seconds=seconds,
-        mask_seconds=run.mask_seconds,
-        observe_seconds=observe_seconds,
-        mask=run.sam.mask,
+        skipped_steps=int(training.sam.skipped_steps),
+        train_seconds=training.seconds["train"],
+        mask_seconds=training.seconds["mask"],
+        observe_seconds=training.seconds["observe"],
+        mask=training.sam.mask,
     )
 
 
@@ -381,41 +371,6 @@ def number_of_steps(config: RunConfig, n_train: int) -> int:
     if schedule.kind == "after" and schedule.n >= end:
         raise InputError(f"mask {config.mask} would never be built: the run ends after {end} {schedule.unit}s")
     return steps
-
-
-def _norm_mask(table: ParamTable) -> Mask | None:
-    if not any(row.is_norm for row in table):
-        return None
-    return Mask(table, tuple(row.is_norm for row in table))
-
-
-def _base_optimizer(config: RunConfig, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
-    params = [p for p in model.parameters() if p.requires_grad]
-    fused = device.type == "cuda"  # fused kernels skip a non-finite step without a synchronisation
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(
-            params, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=fused
-        )
-    return torch.optim.AdamW(params, lr=config.lr, weight_decay=config.weight_decay, fused=fused)
-
-
-def load_weights(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Load a state dict, refusing one of another model with the first difference.
-
-    Raises:
-        InputError: names or shapes differ.
-    """
-    own = model.state_dict()
-    for name in own.keys() ^ state.keys():
-        where = "the checkpoint lacks" if name in own else "the model lacks"
-        raise InputError(f"the checkpoint is of another model: {where} {name}")
-    for name, tensor in own.items():
-        if tensor.shape != state[name].shape:
-            raise InputError(
-                f"the checkpoint is of another model: {name} has shape {tuple(state[name].shape)} there, "
-                f"{tuple(tensor.shape)} here"
-            )
-    model.load_state_dict(state)
 
 
 def result_of(trained: Trained) -> dict[str, Any]:

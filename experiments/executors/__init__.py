@@ -1,0 +1,1 @@
+"""Engines that runs execute on."""
