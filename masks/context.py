@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from masks.errors import MaskError
+from masks.mask import Mask
 from masks.norm_stats import reestimated_copy
 from masks.params import ParamTable, model_digest
 
@@ -34,6 +35,11 @@ class MaskContext:
         loss: per-example loss of (logits, targets).
         seed: seed of the mask's own random stream.
         built_at: when in training this is, for the record.
+        previous: the mask that this builder made last, for masks that evolve; None for the first.
+        progress: fraction of training that is done, in [0, 1].
+
+    Raises:
+        MaskError: the table or the previous mask is of another model, or the progress is out of range.
     """
 
     model: nn.Module
@@ -42,6 +48,8 @@ class MaskContext:
     loss: LossFn = cross_entropy
     seed: int = 0
     built_at: str = "init"
+    previous: Mask | None = None
+    progress: float = 0.0
     _twin: dict[str, nn.Module] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -50,6 +58,10 @@ class MaskContext:
             object.__setattr__(self, "table", table)
         else:
             table.check_same(self.table, "the table is of another model")
+        if self.previous is not None:
+            table.check_same(self.previous.table, "the previous mask is of another model")
+        if not 0 <= self.progress <= 1:
+            raise MaskError(f"progress must lie between 0 and 1, got {self.progress}")
 
     @property
     def device(self) -> torch.device:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import compress
 
 import torch
 from torch import Tensor, nn
@@ -105,12 +107,27 @@ class Region:
         # The parameters themselves, for autograd; the pieces hold detached views of the same storage.
         params = mask.table.tensors(model)
         self.params: list[Tensor] = [params[piece.position] for piece in self.pieces]
+        self._sort()
+
+    def _sort(self) -> None:
         self._whole = [i for i, piece in enumerate(self.pieces) if piece.index is None]
         self._indexed = [i for i, piece in enumerate(self.pieces) if piece.index is not None]
 
+    def only(self, kept: Sequence[bool]) -> Region:
+        """The region in some of its tensors, sharing their indices; its ``mask`` is still the whole one.
+
+        Args:
+            kept: one per piece.
+        """
+        part = copy.copy(self)
+        part.pieces = tuple(compress(self.pieces, kept))
+        part.params = list(compress(self.params, kept))
+        part._sort()
+        return part
+
     @property
     def is_empty(self) -> bool:
-        return self.mask.num_kept == 0
+        return not self.pieces
 
     @property
     def is_whole(self) -> bool:

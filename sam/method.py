@@ -6,15 +6,18 @@ radius, over the mask; the gradient at w + eps; w restored; the two gradients co
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from masks.errors import InputError
+from masks.params import ParamTable
 from sam.memory import Memory
+from sam.mup import MupRole
 from sam.passes import BatchPasses, Passes
-from sam.perturbation import Rule
+from sam.perturbation import Perturbation, Rule
 from sam.step import Ascended, Step
 
 
@@ -53,15 +56,26 @@ class Ascent:
     every_gradient = False
     batch = False
 
+    def check(self, base: Optimizer) -> None:
+        """Refuse base optimizers with which it cannot work.
+
+        Raises:
+            InputError: this is one.
+        """
+
     def __call__(self, step: Step, passes: Passes) -> Ascended:
         """Run the passes; afterwards ``.grad`` holds the gradient to step with, and the weights are w."""
         loss, gradients = passes.gradients(step.first_region)
-        found = step.perturbation(gradients)
+        found = self.perturbation(step, gradients)
         clean = gradients if step.keeps_clean else []
         del gradients  # held through the second pass they would cost memory and time
         with step.moved(found.values):
             perturbed = step.descend(passes)
         return Ascended(loss, perturbed, found.radius, found.finite, clean)
+
+    def perturbation(self, step: Step, gradients: Sequence[Tensor]) -> Perturbation:
+        """eps from the gradients of ``step.first_region``."""
+        return step.perturbation(gradients)
 
 
 @dataclass(frozen=True)
@@ -73,6 +87,9 @@ class Combine:
     """
 
     every_gradient = False
+
+    def check(self, base: Optimizer) -> None:
+        """As :meth:`Ascent.check`."""
 
     def combine(self, step: Step, clean: Sequence[Tensor]) -> None:
         """Change ``.grad``, which holds the gradient at w + eps, in place.
@@ -146,6 +163,31 @@ class Method:
         plain = type(self.direction) is Direction and type(self.combine) is Combine and type(self.ascent) is Ascent
         if divides and not plain:
             raise InputError(f"{self.data!r} perturbs every part of a batch by itself; it goes with plain slots only")
+
+    def check(self, table: ParamTable, base: Optimizer) -> None:
+        """Refuse parameters and base optimizers with which a slot cannot work.
+
+        Raises:
+            InputError: what does not fit, or a method that must be made for a model first (:meth:`prepared`).
+        """
+        self.rule.metric.check(table)
+        self.ascent.check(base)
+        self.combine.check(base)
+
+    def prepared(
+        self, model: nn.Module, base_model: nn.Module, *, roles: Mapping[str, MupRole] | None = None
+    ) -> Method:
+        """The method made for a model, where it needs one (``needs_model`` in the registry); else itself.
+
+        Args:
+            model: the model to train.
+            base_model: the same model at the width at which radius and learning rate were tuned.
+            roles: see :func:`sam.mup.mup_roles`.
+
+        Raises:
+            InputError: a metric cannot be made for these models.
+        """
+        return replace(self, rule=replace(self.rule, metric=self.rule.metric.prepared(model, base_model, roles)))
 
     @property
     def every_gradient(self) -> bool:

@@ -3,53 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Sequence
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 from torch.optim import LBFGS, Optimizer
 
-from masks.errors import InputError, unknown_name
+from masks.errors import InputError
 from masks.mask import Mask
 from masks.params import ParamTable
 from masks.region import Region
+from sam.accumulation import Accumulated, AccumulatedPasses
+from sam.checks import check_choice, check_rho, one_device
 from sam.memory import Memory
 from sam.method import Method
+from sam.parallel import AscentGradient, Replicas, check_not_sharded, find_wrapper
 from sam.passes import BatchPasses, ClosurePasses, LossFn, NormStatistics, Passes, Surroundings
-from sam.perturbation import NormScope, Rule, total_norm
-from sam.step import Ascended, Step
+from sam.perturbation import NormScope, Rule
+from sam.precision import LossScaling, check_scaler
+from sam.step import Ascended, Step, StepStats
+from sam.update import NonFiniteError, OnNonFinite, Update
+from sam.wrappers import unwrapped, unwrapped_mask
 
-OnNonFinite = Literal["skip", "raise"]
+__all__ = ["SAM", "NonFiniteError", "StepStats"]
 
 CHECKPOINT_VERSION = 2
-
-
-class NonFiniteError(ArithmeticError):
-    """A gradient was not finite and ``on_nonfinite="raise"``; the weights are those before the step."""
-
-
-@dataclass(frozen=True, eq=False)
-class StepStats:
-    """What one step did; 0-dim tensors on the model's device, read without a synchronisation until you do.
-
-    Attributes:
-        loss: L(w), of the first pass (of the only pass under an empty mask).
-        perturbed_loss: L(w + eps), of the second pass; equal to ``loss`` under an empty mask.
-        radius: ||eps||_2 over all perturbed coordinates, also for rules whose own norm is another.
-        finite: whether the step was taken; False if a gradient was not finite and the step was skipped.
-    """
-
-    loss: Tensor
-    perturbed_loss: Tensor
-    radius: Tensor
-    finite: Tensor
-
-    @property
-    def ascent(self) -> Tensor:
-        """Ascent strength ``L(w + eps) - L(w)`` on the step's batch."""
-        return self.perturbed_loss - self.loss
 
 
 class SAM(Optimizer):
@@ -66,7 +46,8 @@ class SAM(Optimizer):
 
     Args:
         base_optimizer: an instance of any first-order optimizer over parameters of ``model``.
-        model: the module whose parameters the mask describes.
+        model: the module whose parameters the mask describes; it may be wrapped in DistributedDataParallel or
+            compiled, and the mask built on it with or without the wrapper.
         mask: which coordinates are perturbed. An empty one skips the first pass: the base optimizer.
         rho: radius of groups that do not set their own.
         rule: metric and norm; default plain L2. Short for ``method=Method(rule=rule)``.
@@ -82,6 +63,16 @@ class SAM(Optimizer):
         on_nonfinite: "skip" counts and skips a step with a non-finite gradient. Fused base optimizers decide
             that on the device; for others, and the first time that a parameter is stepped, one scalar is read,
             which on an accelerator waits for it. "raise" reads that scalar after every step and raises.
+        clip_grad_norm: largest norm of the gradient that the base optimizer steps with, over all its parameters (as
+            ``torch.nn.utils.clip_grad_norm_``; the ascent's is never clipped: its length does not count). Anything
+            else that is to see the final gradient at the restored weights: ``base_optimizer.register_step_pre_hook``.
+        scaler: for float16 under autocast. A step with an infinity in any pass is skipped and counted; the scale is
+            updated once per step, here: do not call the scaler's ``step`` and ``update``, and save its state yourself
+            (``scaler.state_dict()``). All that methods see is unscaled. bfloat16 needs no scaler.
+        ascent_gradient: under DistributedDataParallel, "replica": each replica ascends along the gradient of its own
+            shard, which costs no communication and is ``micro_batch_sam`` with one part per replica; "synchronised":
+            all along the average, as in one process on the whole batch. Averages give every replica the same
+            weight, as DDP does, so shards should be of one size. Masks must be the same on all replicas.
 
     Attributes:
         enabled: set it to False and the base optimizer steps alone, as outside a window of epochs.
@@ -109,25 +100,40 @@ class SAM(Optimizer):
         replay_rng: bool = True,
         seed: int = 0,
         on_nonfinite: OnNonFinite = "skip",
+        clip_grad_norm: float | None = None,
+        scaler: GradScaler | None = None,
+        ascent_gradient: AscentGradient = "replica",
     ) -> None:
         _check_base(base_optimizer)
         if rule is not None and method is not None:
             raise InputError("rule is a part of the method: give it there, as in Method(rule=rule)")
         self.method = method or Method(rule=rule or Rule())
-        _check_choice("norm_scope", norm_scope, get_args(NormScope))
-        _check_choice("norm_statistics", norm_statistics, get_args(NormStatistics))
-        _check_choice("on_nonfinite", on_nonfinite, get_args(OnNonFinite))
+        check_choice("norm_scope", norm_scope, get_args(NormScope))
+        check_choice("norm_statistics", norm_statistics, get_args(NormStatistics))
+        check_choice("on_nonfinite", on_nonfinite, get_args(OnNonFinite))
+        check_choice("ascent_gradient", ascent_gradient, get_args(AscentGradient))
+        if scaler is not None:
+            check_scaler(scaler, on_nonfinite, (p for group in base_optimizer.param_groups for p in group["params"]))
         if norm_scope == "full" and self.method.rule.p == math.inf:
             raise InputError('norm_scope="full" has no meaning for p = infinity, whose step has no norm; use "masked"')
-        _check_rho(rho)
+        check_rho(rho)
         for group in base_optimizer.param_groups:
-            _check_rho(group.get("rho", rho))
+            check_rho(group.get("rho", rho))
         self.norm_scope = norm_scope
         self.norm_statistics = norm_statistics
         self.replay_rng = replay_rng
         self.on_nonfinite = on_nonfinite
-        self.model = model
+        self.clip_grad_norm = clip_grad_norm
+        self.scaler = scaler
+        self.ascent_gradient = ascent_gradient
+        self.model = unwrapped(model)
+        check_not_sharded(self.model)
+        mask = unwrapped_mask(mask, self.model)
+        self.method.check(mask.table, base_optimizer)
+        self._replicas: Replicas | None = None
+        self._find_replicas(model)
         self._bind(mask, base_optimizer.param_groups)  # raises before the base optimizer is changed
+        self._update = Update(base_optimizer, on_nonfinite, clip_grad_norm)
         self.base_optimizer: Optimizer | None = None
         super().__init__(base_optimizer.param_groups, {"rho": rho})
         self.base_optimizer = base_optimizer
@@ -151,8 +157,7 @@ class SAM(Optimizer):
         self.state = self.base_optimizer.state
         for group in self.param_groups:
             group.setdefault("rho", self.defaults["rho"])
-        # The parameters that have a state: until then a fused optimizer cannot be told to skip a step.
-        self._stepped = {id(p) for p, state in self.state.items() if state}
+        self._update.base_state_changed()
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError("SAM cannot be copied or pickled; make a new one and give it this one's state_dict()")
@@ -165,18 +170,34 @@ class SAM(Optimizer):
         Raises:
             InputError: see the class.
         """
+        mask = unwrapped_mask(mask, self.model)
         bound = self._bind(mask, self.param_groups)
         if self.memory.nbytes and mask.digest() != self.mask.digest():
             self.memory.reset()
         self.mask = mask
         self._region, self._whole, self._groups, self._devices = bound
         self.skipped_steps = self.skipped_steps.to(self._devices[0])
+        scaler = self.scaler
+        self._scaling = LossScaling(scaler, self._devices[0]) if scaler is not None and scaler.is_enabled() else None
+
+    def _find_replicas(self, model: nn.Module) -> None:
+        wrapper = find_wrapper(model)
+        if wrapper is None:
+            return
+        if self.ascent_gradient == "replica" and self.method.every_gradient:
+            raise InputError(
+                "this method steps with a mixture of gradients, and replicas that mix in their own would drift apart; "
+                'use ascent_gradient="synchronised"'
+            )
+        self._replicas = Replicas(wrapper, self.ascent_gradient)
 
     def _bind(
         self, mask: Mask, groups: Sequence[dict[str, Any]]
     ) -> tuple[Region, Region | None, list[int], list[torch.device]]:
         """The mask's region, that of all parameters if it is needed, the group of every piece, the device."""
-        devices = _devices(p for group in groups for p in group["params"])
+        if self._replicas is not None:
+            self._replicas.check_same(mask)
+        devices = one_device(p for group in groups for p in group["params"])
         region = Region(mask, self.model)
         mask.table.check_same(ParamTable.from_model(self.model), "the mask is of another model")
         held = {id(p): i for i, group in enumerate(groups) for p in group["params"]}
@@ -197,13 +218,17 @@ class SAM(Optimizer):
             super().add_param_group(param_group)
             return
         param_group.setdefault("rho", self.defaults["rho"])
-        _check_rho(param_group["rho"])
+        check_rho(param_group["rho"])
         self.base_optimizer.add_param_group(param_group)
 
     # -- the two entries ------------------------------------------------------------------------------------
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step in torch's convention.
+
+        To accumulate gradients, let the closure run over the micro-batches, zeroing the gradients once, and call
+        ``backward`` on each one's mean loss times its share of the examples. Under a scaler it calls
+        ``scaler.scale(loss).backward()``, and returns the loss itself.
 
         Args:
             closure: zeroes the gradients, computes the loss, calls ``backward`` and returns the loss. It is
@@ -225,7 +250,26 @@ class SAM(Optimizer):
             return self._step(ClosurePasses(self._surroundings(), closure))
 
     def _surroundings(self) -> Surroundings:
-        return Surroundings(self.model, self._devices, self.norm_statistics, self.replay_rng, self._clear_gradients)
+        if self.stats is None and self._replicas is None:  # a wrapper may have been made since
+            self._find_replicas(self.model)
+            if self._replicas is not None:
+                self.set_mask(self.mask)
+        if self._perturbs and not (self._whole or self._region).is_current:
+            self.set_mask(self.mask)
+        return Surroundings(
+            model=self.model,
+            devices=self._devices,
+            norm_statistics=self.norm_statistics,
+            replay_rng=self.replay_rng,
+            zero_grad=self._clear_gradients,
+            params=self._params,
+            scaling=self._scaling,
+            replicas=self._replicas,
+        )
+
+    def _params(self) -> list[Tensor]:
+        held = [p for group in self.param_groups for p in group["params"]]
+        return list({id(p): p for p in [*held, *(self._whole or self._region).params]}.values())
 
     def _clear_gradients(self) -> None:
         self.zero_grad()
@@ -241,7 +285,7 @@ class SAM(Optimizer):
 
         Args:
             loss_fn: maps ``batch`` to per-example losses, shape (B,), without calling backward.
-            batch: whatever ``loss_fn`` takes.
+            batch: whatever ``loss_fn`` takes; or :class:`Accumulated` micro-batches, each of which it takes.
 
         Returns:
             The mean loss of the first pass, 0-dim, detached.
@@ -253,17 +297,20 @@ class SAM(Optimizer):
         """
 
         with torch.enable_grad():
+            if self.method.batch and isinstance(batch, Accumulated):
+                raise InputError("this method looks into the batch, which Accumulated hides; give it in one piece")
             self._opt_called = True  # what learning-rate schedulers look at to see that the optimizer ran
             self._clear_gradients()
-            loss: Tensor = self._step(BatchPasses(self._surroundings(), loss_fn, batch))
+            around = self._surroundings()
+            if isinstance(batch, Accumulated):
+                loss: Tensor = self._step(AccumulatedPasses(around, loss_fn, batch))
+            else:
+                loss = self._step(BatchPasses(around, loss_fn, batch))
             return loss
 
     # -- the step -------------------------------------------------------------------------------------------
 
     def _step(self, passes: Passes) -> Any:
-        perturbs = self.enabled and not self._region.is_empty
-        if perturbs and not (self._whole or self._region).is_current:
-            self.set_mask(self.mask)
         assert self.base_optimizer is not None
         step = Step(
             method=self.method,
@@ -275,56 +322,36 @@ class SAM(Optimizer):
             base=self.base_optimizer,
             zero_grad=self._clear_gradients,
         )
-        due = perturbs and self.method.when.due(self.memory.steps)
+        due = self._perturbs and self.method.when.due(self.memory.steps)
         self.memory.steps += 1
-        found = self._ascend(step, passes) if due else self._plain(step, passes, perturbs)
-        finite = self._update(found.finite)
+        found = self._ascend(step, passes) if due else self._plain(step, passes)
+        finite = found.finite if self._replicas is None else self._replicas.agree(found.finite)
+        finite = self._update(finite, self._scaling)
+        self.skipped_steps += ~finite
         if due:
             self.method.combine.after(step, finite)
-        loss, perturbed = (_scalar(value, self._devices[0]) for value in (found.loss, found.perturbed_loss))
-        self.stats = StepStats(loss, perturbed, found.radius, finite)
-        return found.loss
+        self.stats = StepStats.of(found, finite)
+        return found.perturbed_loss if found.loss is None else found.loss
 
-    def _plain(self, step: Step, passes: Passes, perturbs: bool) -> Ascended:
+    @property
+    def _perturbs(self) -> bool:
+        return self.enabled and not self._region.is_empty
+
+    def _plain(self, step: Step, passes: Passes) -> Ascended:
         """A step without a perturbation."""
         loss = passes.backward("only")
-        if perturbs:
+        if self._perturbs:
             self.method.combine.between(step)
-        zero = torch.zeros((), dtype=torch.float64, device=self._devices[0])
-        return Ascended(loss, loss, zero, torch.ones((), dtype=torch.bool, device=self._devices[0]))
+        return Ascended.unperturbed(loss, self._devices[0])
 
     def _ascend(self, step: Step, passes: Passes) -> Ascended:
         """The method's passes; the gradient to step with is in ``.grad``."""
         parts = self.method.data.parts(passes) if isinstance(passes, BatchPasses) else [passes]
         found = [self.method.ascent(step, part) for part in parts]
         if len(found) > 1:
-            return _averaged(found, [part.weight for part in parts if isinstance(part, BatchPasses)])
+            return Ascended.averaged(found, [part.weight for part in parts if isinstance(part, BatchPasses)])
         self.method.combine.combine(step, found[0].clean)
         return found[0]
-
-    @torch.no_grad()
-    def _update(self, finite: Tensor) -> Tensor:
-        """Step the base optimizer unless a gradient is not finite; returns whether it did."""
-        assert self.base_optimizer is not None
-        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        finite = finite & torch.isfinite(total_norm([p.grad for p in params if p.grad is not None])).to(finite.device)
-        if self.on_nonfinite == "raise" and not bool(finite):
-            raise NonFiniteError("a gradient is not finite (nan or infinite); the weights are those before the step")
-        base: Any = self.base_optimizer
-        fused = getattr(base, "_step_supports_amp_scaling", False) and all(g.get("fused") for g in self.param_groups)
-        stepped = {id(p) for p in params}
-        if fused and stepped <= self._stepped:
-            # The protocol of torch.amp.GradScaler: fused kernels read found_inf and do nothing where it is 1.
-            base.found_inf, base.grad_scale = (~finite).float(), None
-            try:
-                base.step()
-            finally:
-                del base.found_inf, base.grad_scale
-        elif bool(finite):
-            base.step()
-            self._stepped |= stepped
-        self.skipped_steps += ~finite
-        return finite
 
     # -- checkpoints ----------------------------------------------------------------------------------------
 
@@ -335,6 +362,7 @@ class SAM(Optimizer):
             "norm_scope": self.norm_scope,
             "norm_statistics": self.norm_statistics,
             "replay_rng": self.replay_rng,
+            "clip_grad_norm": self.clip_grad_norm,
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -410,40 +438,3 @@ def _check_base(base: Optimizer) -> None:
         )
     if any(group.get("maximize") for group in base.param_groups):
         raise InputError("SAM minimizes; a base optimizer with maximize=True ascends: negate the loss instead")
-
-
-def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise InputError(unknown_name(name, str(value), choices))
-
-
-def _check_rho(rho: Any) -> None:
-    # The radius may be a 0-dim tensor, so that it can change without a recompilation.
-    if isinstance(rho, bool) or not isinstance(rho, (int, float, Tensor)) or not (0 <= float(rho) < math.inf):
-        raise InputError(f"rho must be a finite number >= 0, got {rho}")
-
-
-def _devices(params: Iterable[Tensor]) -> list[torch.device]:
-    devices = sorted({p.device for p in params}, key=str)
-    if len(devices) > 1:
-        raise InputError(f"the parameters lie on several devices ({', '.join(map(str, devices))}); SAM needs one")
-    return devices
-
-
-def _scalar(loss: Any, device: torch.device) -> Tensor:
-    return torch.as_tensor(loss, device=device).detach()
-
-
-def _averaged(found: Sequence[Ascended], weights: Sequence[float | None]) -> Ascended:
-    """What the parts of a batch gave, weighted by their size; the radius is the mean one."""
-    shares = [1.0 if weight is None else weight for weight in weights]
-
-    def mean(values: Iterable[Tensor]) -> Tensor:
-        return torch.stack([value * share for value, share in zip(values, shares, strict=True)]).sum()
-
-    return Ascended(
-        mean(part.loss for part in found),
-        mean(part.perturbed_loss for part in found),
-        mean(part.radius for part in found),
-        torch.stack([part.finite for part in found]).all(),
-    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from masks.errors import InputError
 from masks.norm_stats import frozen_statistics, statistics
 from masks.region import Region
+from sam.parallel import Replicas
+from sam.precision import LossScaling
 
 NormStatistics = Literal["first", "second", "both"]
 LossFn = Callable[[Any], Tensor]
@@ -34,6 +36,9 @@ class Surroundings:
             ("first"), the final one ("second"), or both; inner ones never do.
         replay_rng: every pass draws the same dropout masks.
         zero_grad: clears all gradients.
+        params: all tensors that may have one.
+        scaling: of the losses, under a GradScaler; what the passes hand out is unscaled.
+        replicas: of the model, in data-parallel training.
     """
 
     model: nn.Module
@@ -41,6 +46,13 @@ class Surroundings:
     norm_statistics: NormStatistics
     replay_rng: bool
     zero_grad: Callable[[], None]
+    params: Callable[[], list[Tensor]]
+    scaling: LossScaling | None = None
+    replicas: Replicas | None = None
+
+    def apart(self) -> AbstractContextManager[None]:
+        """Inside, gradients stay in this process."""
+        return nullcontext() if self.replicas is None else self.replicas.apart()
 
 
 class Passes(ABC):
@@ -73,17 +85,44 @@ class Passes(ABC):
         with frozen_statistics(self._buffers):
             yield
 
-    @abstractmethod
     def gradients(self, region: Region, role: Role = "clean") -> tuple[Any, list[Tensor]]:
         """The loss, and the gradient of every tensor that the region touches; ``.grad`` is left alone.
 
         Raises:
             InputError: a gradient is sparse.
         """
+        around = self.surroundings
+        # The backward pass too lies inside: it refuses statistics that changed under it.
+        with self._pass(role), around.apart():
+            loss, gradients = self._gradients(region, role)
+        gradients = dense(region, gradients)
+        if around.scaling is not None:
+            gradients = around.scaling.unscaled(gradients)
+        if around.replicas is not None:
+            gradients = around.replicas.ascent(gradients)
+        return loss, gradients
 
-    @abstractmethod
     def backward(self, role: Role = "final") -> Any:
         """The loss; its gradient is in ``.grad`` of every parameter."""
+        with self._pass(role):
+            return self._backward(role)
+
+    @abstractmethod
+    def _gradients(self, region: Region, role: Role) -> tuple[Any, Sequence[Tensor]]:
+        """As :meth:`gradients`, of the scaled loss."""
+
+    @abstractmethod
+    def _backward(self, role: Role) -> Any:
+        """As :meth:`backward`; the gradient that it leaves is that of the loss, not of the scaled one."""
+
+    def _scaled(self, loss: Tensor) -> Tensor:
+        scaling = self.surroundings.scaling
+        return loss if scaling is None else scaling.scale(loss)
+
+    def _unscale(self) -> None:
+        scaling = self.surroundings.scaling
+        if scaling is not None:
+            scaling.unscale_([p.grad for p in self.surroundings.params() if p.grad is not None])
 
 
 class ClosurePasses(Passes):
@@ -94,16 +133,16 @@ class ClosurePasses(Passes):
         self._closure = closure
         surroundings.zero_grad()  # a closure that forgets to would ascend along old gradients
 
-    def gradients(self, region: Region, role: Role = "clean") -> tuple[Any, list[Tensor]]:
-        with self._pass(role):
-            loss = self._closure()
+    def _gradients(self, region: Region, role: Role) -> tuple[Any, list[Tensor]]:
+        loss = self._closure()
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in region.params]
         self.surroundings.zero_grad()  # taken away, so that the next call starts from none
-        return loss, _dense(region, gradients)
+        return loss, gradients
 
-    def backward(self, role: Role = "final") -> Any:
-        with self._pass(role):
-            return self._closure()
+    def _backward(self, role: Role) -> Any:
+        loss = self._closure()
+        self._unscale()
+        return loss
 
 
 class BatchPasses(Passes):
@@ -129,29 +168,51 @@ class BatchPasses(Passes):
             return self._losses(role)
 
     def _losses(self, role: Role) -> Tensor:
-        losses = self._loss_fn(self._batch)
-        if not isinstance(losses, Tensor) or losses.ndim != 1 or not losses.numel() or not losses.is_floating_point():
-            found = f"a tensor of shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
-            raise InputError(
-                f"loss_fn must return per-example losses of shape (batch,), got {found}; use reduction='none'"
-            )
+        losses = per_example(self._loss_fn(self._batch))
         if role == "clean":
             self.clean_losses = losses.detach()
         return losses
 
-    def gradients(self, region: Region, role: Role = "clean") -> tuple[Tensor, list[Tensor]]:
-        with self._pass(role):  # the backward pass too: it refuses statistics that changed under it
-            loss = self._losses(role).mean()
-            # Autograd is asked only for the tensors that are touched; their gradients are the same, bit for bit.
-            gradients = torch.autograd.grad(loss, region.params, allow_unused=True, materialize_grads=True)
-        return loss.detach(), _dense(region, gradients)
+    def _gradients(self, region: Region, role: Role) -> tuple[Tensor, Sequence[Tensor]]:
+        loss = self._losses(role).mean()
+        return loss.detach(), restricted(self._scaled(loss), region)
 
-    def backward(self, role: Role = "final") -> Tensor:
-        """The loss; its gradient, times ``weight`` if there is one, is added to ``.grad`` of every parameter."""
-        with self._pass(role):
-            loss = self._losses(role).mean()
-            (loss if self.weight is None else loss * self.weight).backward()  # type: ignore[no-untyped-call]
+    def _backward(self, role: Role) -> Tensor:
+        """Times ``weight`` if there is one, the gradient is added to what is there."""
+        loss = self._losses(role).mean()
+        scaled = self._scaled(loss if self.weight is None else loss * self.weight)
+        if self.surroundings.scaling is None:
+            scaled.backward()  # type: ignore[no-untyped-call]
+        else:
+            with fresh_gradients(self.surroundings.params()):
+                scaled.backward()  # type: ignore[no-untyped-call]
+                self._unscale()
         return loss.detach()
+
+    @contextmanager
+    def graph(self, region: Region) -> Iterator[list[Tensor]]:
+        """The gradients of an inner pass with their graph, for a second derivative, which must be taken inside.
+
+        Only inside, because the pass keeps running statistics still by putting them back, and autograd refuses
+        buffers that changed under it.
+
+        Raises:
+            InputError: a gradient is sparse; there is a GradScaler, or there are replicas; see also
+                :func:`twice_differentiable`.
+        """
+        around = self.surroundings
+        if around.scaling is not None or around.replicas is not None:
+            raise InputError(
+                "this method takes a second derivative, which goes with neither a GradScaler nor "
+                "DistributedDataParallel; train it in one process, without a scaler"
+            )
+        with self._pass("inner"):
+            loss = self._losses("inner").mean()
+            with twice_differentiable():
+                gradients = torch.autograd.grad(
+                    loss, region.params, create_graph=True, allow_unused=True, materialize_grads=True
+                )
+            yield dense(region, gradients)
 
     def narrowed(self, index: Tensor) -> BatchPasses:
         """The same passes on some examples of the batch.
@@ -217,11 +278,58 @@ def _tensors(batch: Any) -> Iterator[Tensor]:
         yield from _tensors(list(batch.values()))
 
 
-def _dense(region: Region, gradients: Sequence[Tensor]) -> list[Tensor]:
+def dense(region: Region, gradients: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients of the tensors that a region touches.
+
+    Raises:
+        InputError: one is sparse.
+    """
     for piece, gradient in zip(region.pieces, gradients, strict=True):
         if gradient.is_sparse:
             raise InputError(f"{piece.row.name} has a sparse gradient, which SAM does not take")
     return list(gradients)
+
+
+def per_example(losses: Any) -> Tensor:
+    """What a loss function returned, if it is per-example losses, shape (B,).
+
+    Raises:
+        InputError: it is something else.
+    """
+    if not isinstance(losses, Tensor) or losses.ndim != 1 or not losses.numel() or not losses.is_floating_point():
+        found = f"a tensor of shape {tuple(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
+        raise InputError(f"loss_fn must return per-example losses of shape (batch,), got {found}; use reduction='none'")
+    return losses
+
+
+def restricted(loss: Tensor, region: Region) -> tuple[Tensor, ...]:
+    """The gradients of the tensors that a region touches, and no others; they are the same, bit for bit."""
+    return torch.autograd.grad(loss, region.params, allow_unused=True, materialize_grads=True)
+
+
+@contextmanager
+def twice_differentiable() -> Iterator[None]:
+    """Around the two derivatives of a loss: where torch cannot take them, that is an :class:`InputError`."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise InputError(
+            "this method needs second derivatives of the loss, which torch could not take; a compiled model and "
+            f"cuDNN's recurrent layers have none: {str(error).splitlines()[0]}"
+        ) from error
+
+
+@contextmanager
+def fresh_gradients(params: Sequence[Tensor]) -> Iterator[None]:
+    """Inside, ``.grad`` starts from none; on the way out, what was there before is added."""
+    earlier = [(p, p.grad) for p in params if p.grad is not None]
+    for p, _ in earlier:
+        p.grad = None
+    yield
+    for p, grad in earlier:
+        p.grad = grad if p.grad is None else p.grad.add_(grad)
 
 
 def _rng_states(devices: Sequence[torch.device]) -> list[tuple[torch.device, Tensor]]:

@@ -13,16 +13,17 @@ arXiv 2102.11600, eqs. 5 and 6).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from masks.errors import InputError, unknown_name
-from masks.params import ParamRow
+from masks.params import ParamRow, ParamTable
 from masks.region import Region, storage_order
+from sam.mup import MupRole
 
 NormScope = Literal["masked", "full"]
 BiasConvention = Literal["identity", "adaptive"]
@@ -49,6 +50,17 @@ class Metric:
     def radius_factor(self, row: ParamRow) -> float:
         """What the radius of one tensor is multiplied by; it does not enter the norm."""
         return 1.0
+
+    def check(self, table: ParamTable) -> None:
+        """Refuse parameters for which it has no T.
+
+        Raises:
+            InputError: these are some, or the metric must be made for a model first.
+        """
+
+    def prepared(self, model: nn.Module, base_model: nn.Module, roles: Mapping[str, MupRole] | None) -> Metric:
+        """The metric made for a model, where it needs one; see :meth:`sam.method.Method.prepared`."""
+        return self
 
 
 @dataclass(frozen=True)
@@ -232,18 +244,21 @@ class RegionVector:
         region: the coordinates.
         values: one tensor per piece, in the piece's form (:meth:`masks.region.Region.gather`); not changed.
         gradient: the gradient in the same form, for metrics that depend on it; None where there is none.
+        weights: whole tensors to take T from, one per piece; None for the parameters as they are.
     """
 
     region: Region
     values: Sequence[Tensor]
     gradient: Sequence[Tensor] | None = None
+    weights: Sequence[Tensor] | None = None
 
     def scales(self, metric: Metric) -> list[Tensor | None]:
         """T of every piece."""
         gradients: Sequence[Tensor | None] = self.gradient or [None] * len(self.values)
+        tensors = self.weights or [piece.param for piece in self.region.pieces]
         return [
-            metric.scale(piece.row, piece.param, weights, gradient)
-            for piece, weights, gradient in zip(self.region.pieces, self.region.weights(), gradients, strict=True)
+            metric.scale(piece.row, tensor, piece.gather(tensor), gradient)
+            for piece, tensor, gradient in zip(self.region.pieces, tensors, gradients, strict=True)
         ]
 
 
@@ -276,9 +291,13 @@ def perturb(
     return perturb_along(rule, RegionVector(region, masked, masked), rho, norm_over=norm_over)
 
 
-@torch.no_grad()
 def perturb_along(
-    rule: Rule, along: RegionVector, rho: Sequence[float | Tensor] | float, *, norm_over: RegionVector | None = None
+    rule: Rule,
+    along: RegionVector,
+    rho: Sequence[float | Tensor] | float,
+    *,
+    norm_over: RegionVector | None = None,
+    differentiable: bool = False,
 ) -> Perturbation:
     """The perturbation along a direction; no device synchronisation on an accelerator.
 
@@ -291,7 +310,16 @@ def perturb_along(
         rho: radius, or one radius per piece: the norm is always one over all pieces, and piece i moves by
             ``rho_i T^2 d / ||T d||``.
         norm_over: what the norm ``||T d||`` is taken over, if not over ``along``.
+        differentiable: keep autograd's record, where the direction (or ``weights`` of the vectors)
+            asks for derivatives; that of a zero direction is zero.
     """
+    with torch.set_grad_enabled(differentiable):
+        return _perturb_along(rule, along, rho, norm_over)
+
+
+def _perturb_along(
+    rule: Rule, along: RegionVector, rho: Sequence[float | Tensor] | float, norm_over: RegionVector | None
+) -> Perturbation:
     factors = [rule.metric.radius_factor(piece.row) for piece in along.region.pieces]
     radii = list(rho) if isinstance(rho, Sequence) else [rho] * len(factors)
     radii = [radius if factor == 1 else radius * factor for radius, factor in zip(radii, factors, strict=True)]
@@ -303,7 +331,7 @@ def perturb_along(
         norm = total_norm(_times(norm_over.values, norm_over.scales(rule.metric)))
     if rule.p == 2:
         # 1 / norm where there is a direction, else 0: no epsilon, so the radius is rho to rounding.
-        inverse = torch.where(norm > _ZERO, norm.reciprocal(), 0.0)
+        inverse = torch.where(norm > _ZERO, norm.clamp(min=_ZERO).reciprocal(), 0.0)  # clamped for its derivative
         directions = _times(scaled, scales)
     else:
         inverse = torch.ones_like(norm)
@@ -312,7 +340,8 @@ def perturb_along(
     multipliers = _factors(inverse, radii, directions)
     if not directions:
         values: list[Tensor] = []
-    elif all(m is multipliers[0] for m in multipliers):  # one launch on an accelerator, not one per tensor
+    elif all(m is multipliers[0] for m in multipliers) and not torch.is_grad_enabled():
+        # One launch on an accelerator, not one per tensor; torch fails in its derivative (2.14).
         values = _where(finite, torch._foreach_mul(directions, multipliers[0]))
     else:
         values = _where(finite, torch._foreach_mul(directions, multipliers))

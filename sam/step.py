@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +26,7 @@ class Ascended:
     """What the passes of a step gave; ``.grad`` holds the gradient at w + eps.
 
     Attributes:
-        loss: L(w), as the closure returned it or 0-dim.
+        loss: L(w), as the closure returned it or 0-dim; None where no pass was at w.
         perturbed_loss: L(w + eps).
         radius: ||eps||_2, 0-dim float64.
         finite: whether the gradients of the ascent were finite, 0-dim bool.
@@ -37,6 +38,59 @@ class Ascended:
     radius: Tensor
     finite: Tensor
     clean: Sequence[Tensor] = ()
+
+    @classmethod
+    def unperturbed(cls, loss: Any, device: torch.device) -> Ascended:
+        """A step whose only pass was at w."""
+        zero = torch.zeros((), dtype=torch.float64, device=device)
+        return cls(loss, loss, zero, torch.ones((), dtype=torch.bool, device=device))
+
+    @classmethod
+    def averaged(cls, found: Sequence[Ascended], weights: Sequence[float | None]) -> Ascended:
+        """What the parts of a batch gave, weighted by their size; the radius is the mean one."""
+        shares = [1.0 if weight is None else weight for weight in weights]
+
+        def mean(values: Iterable[Tensor]) -> Tensor:
+            return torch.stack([value * share for value, share in zip(values, shares, strict=True)]).sum()
+
+        return cls(
+            mean(part.loss for part in found),
+            mean(part.perturbed_loss for part in found),
+            mean(part.radius for part in found),
+            torch.stack([part.finite for part in found]).all(),
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class StepStats:
+    """What one step did; 0-dim tensors on the model's device, read without a synchronisation until you do.
+
+    Attributes:
+        loss: L(w), of the first pass (of the only pass under an empty mask); NaN, and so ``ascent``, where a method
+            has no pass at w (Momentum-SAM).
+        perturbed_loss: L(w + eps), of the second pass; equal to ``loss`` under an empty mask.
+        radius: ||eps||_2 over all perturbed coordinates, also for rules whose own norm is another.
+        finite: whether the step was taken; False if a gradient was not finite and the step was skipped.
+    """
+
+    loss: Tensor
+    perturbed_loss: Tensor
+    radius: Tensor
+    finite: Tensor
+
+    @property
+    def ascent(self) -> Tensor:
+        """Ascent strength ``L(w + eps) - L(w)`` on the step's batch."""
+        return self.perturbed_loss - self.loss
+
+    @classmethod
+    def of(cls, found: Ascended, finite: Tensor) -> StepStats:
+        """From what the passes gave, and whether the step was taken."""
+        device = found.radius.device
+        perturbed = torch.as_tensor(found.perturbed_loss, device=device).detach()
+        if found.loss is None:
+            return cls(torch.full_like(perturbed, math.nan), perturbed, found.radius, finite)
+        return cls(torch.as_tensor(found.loss, device=device).detach(), perturbed, found.radius, finite)
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +106,7 @@ class Step:
         memory: what the method remembers.
         base: the base optimizer.
         zero_grad: clears all gradients.
+        carried: what :meth:`sam.method.Combine.combine` leaves for ``after``.
     """
 
     method: Method
@@ -62,6 +117,7 @@ class Step:
     memory: Memory
     base: Optimizer
     zero_grad: Callable[[], None]
+    carried: list[Tensor] = field(default_factory=list)
 
     @property
     def first_region(self) -> Region:

@@ -14,14 +14,16 @@ from masks.registry import register_mask
 from masks.select import proportional_counts
 
 
-def _mask_of_flat(table: ParamTable, kept: Tensor) -> Mask:
+def mask_of_flat(table: ParamTable, kept: Tensor) -> Mask:
+    """The mask of coordinates given by their position in the flattened model."""
     flat = torch.zeros(table.numel, dtype=torch.bool)
     flat[kept] = True
     parts = torch.split(flat, [row.numel for row in table])
     return Mask(table, tuple(part.reshape(row.shape) for row, part in zip(table, parts, strict=True)))
 
 
-def _draw(candidates: Tensor, count: int, generator: torch.Generator) -> Tensor:
+def draw(candidates: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """``count`` of the candidates, uniformly, without replacement."""
     return candidates[torch.randperm(len(candidates), generator=generator)[:count]]
 
 
@@ -34,7 +36,7 @@ def build_random(context: MaskContext, budget: Budget, *, exclude_norm: bool = F
     candidates = allowed.nonzero().squeeze(1)
     if len(candidates) < budget.num_kept:
         raise MaskError(f"cannot keep {budget.num_kept} coordinates: only {len(candidates)} are eligible")
-    return _mask_of_flat(table, _draw(candidates, budget.num_kept, context.generator("random")))
+    return mask_of_flat(table, draw(candidates, budget.num_kept, context.generator("random")))
 
 
 @register_mask(
@@ -60,10 +62,10 @@ def build_random_depth(context: MaskContext, budget: Budget) -> Mask:
     kept: list[Tensor] = []
     for row, count in zip(norms, proportional_counts([row.numel for row in norms], budget.num_kept), strict=True):
         candidates = _smallest_enclosing(table, free, row.module_name, count)
-        drawn = _draw(candidates, count, generator)
+        drawn = draw(candidates, count, generator)
         free[drawn] = False
         kept.append(drawn)
-    return _mask_of_flat(table, torch.cat(kept))
+    return mask_of_flat(table, torch.cat(kept))
 
 
 def _smallest_enclosing(table: ParamTable, free: Tensor, module_name: str, count: int) -> Tensor:

@@ -241,6 +241,25 @@ def test_region_saves_only_what_the_mask_keeps(several: tuple[Several, Mask]) ->
     assert sizes == {"scalar": 1, "conv.weight": kept, "norm.weight": 8, "fc.weight": 100}
 
 
+def test_a_region_in_some_of_its_tensors(several: tuple[Several, Mask]) -> None:
+    """It moves and restores those alone, without new indices; the region itself stays as it was."""
+    model, mask = several
+    region = Region(mask, model)
+    part = region.only([False, True, False, True])
+    assert [piece.row.name for piece in part.pieces] == ["conv.weight", "fc.weight"]
+    assert part.pieces == (region.pieces[1], region.pieces[3])
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    saved = part.save()
+    part.add_(part.gather([torch.full(p.shape, 0.5) for p in part.params]))
+    for row, keep in zip(mask.table, mask.dense(), strict=True):
+        moved = 0.5 * keep * (row.name in ("conv.weight", "fc.weight"))
+        assert torch.equal(dict(model.named_parameters())[row.name].detach(), before[row.name] + moved)
+    part.restore(saved)
+    assert all(torch.equal(p.detach(), before[name]) for name, p in model.named_parameters())
+    assert len(region.pieces) == len(region.params) == len(region.save()) == 4
+    assert region.only([False] * 4).is_empty
+
+
 def test_empty_and_whole_regions(several: tuple[Several, Mask]) -> None:
     model, mask = several
     none = Region(Mask(mask.table, (False,) * len(mask.table)), model)

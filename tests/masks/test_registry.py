@@ -37,6 +37,7 @@ pytestmark = pytest.mark.usefixtures("clean_registry")
 
 BUILT_IN = {
     "all",
+    "dynamic",
     "fisher",
     "gradient",
     "magnitude",
@@ -78,9 +79,9 @@ def test_built_in_masks() -> None:
         assert infos[name].source
     natural = {name for name in BUILT_IN if infos[name].kind == "natural"}
     assert natural == {"all", "none", "norm", "no_norm", "parameters"}
-    assert {name for name in BUILT_IN if infos[name].needs_data} == {"fisher", "gradient", "snip"}
+    assert {name for name in BUILT_IN if infos[name].needs_data} == {"dynamic", "fisher", "gradient", "snip"}
     every_epoch = {name for name in BUILT_IN if infos[name].schedule == Schedule("every", 1)}
-    assert every_epoch == {"fisher", "gradient", "snip", "magnitude"}
+    assert every_epoch == {"dynamic", "fisher", "gradient", "snip", "magnitude"}
 
 
 def test_unknown_names_are_answered_with_near_ones() -> None:
