@@ -32,7 +32,7 @@ TOLERANCE = 0.10
 
 def methods() -> list[MethodInfo]:
     """Those that options alone make and that are not settings of others."""
-    return [info for info in list_methods() if not info.needs_model and not info.preset]
+    return [info for info in list_methods() if not info.needs_model and not MethodSpec(info.name).preset]
 
 
 def period(info: MethodInfo) -> int:

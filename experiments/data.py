@@ -213,8 +213,9 @@ def load_data(spec: str, *, cache_dir: str | os.PathLike[str] | None = None, dow
 
             - ``digits``: the 1797 grey 8x8 images inside scikit-learn, divided by 16; no own test split;
             - a key of :data:`TORCHVISION`, such as ``cifar10``; ``CIFAR10`` and ``FashionMNIST`` also work;
-            - ``folder:DIR`` with ``DIR/train/CLASS/*`` and ``DIR/test/CLASS/*``, or ``DIR/CLASS/*``, see
-              :func:`experiments.image_folder.read_folder`;
+            - ``folder:DIR`` with ``DIR/train/CLASS/*`` and ``DIR/test/CLASS/*`` (or ``val``), or ``DIR/CLASS/*``, or
+              the files of Tiny ImageNet, see :func:`experiments.image_folder.read_folder`; ``folder:DIR@64`` cuts the
+              images square and scales them to 64x64 pixels;
             - ``npz:FILE`` with ``x_train``, ``y_train``, ``x_test``, ``y_test``, see
               :meth:`ImageSet.from_arrays`. Never unpickles.
         cache_dir: where torchvision keeps its files, a folder per data set; by default
@@ -230,6 +231,11 @@ def load_data(spec: str, *, cache_dir: str | os.PathLike[str] | None = None, dow
             raise InputError(f"data {spec!r} lacks the path: {kind}:{'DIR' if kind == 'folder' else 'FILE'}")
         if kind == "npz":
             return _load_npz(spec, Path(path).expanduser())
+        folder, at, size = path.rpartition("@")
+        if at and size.isascii() and size.isdigit() and not Path(path).expanduser().exists():
+            if not 1 <= int(size) <= 4096:
+                raise InputError(f"{spec}: the side after @ must be from 1 to 4096 pixels, found {size}")
+            return ImageSet.from_arrays(spec, *read_folder(spec, Path(folder).expanduser(), int(size)))
         return ImageSet.from_arrays(spec, *read_folder(spec, Path(path).expanduser()))
     if spec == "digits":
         return _load_digits()

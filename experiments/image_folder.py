@@ -15,10 +15,12 @@ Array = np.ndarray[Any, np.dtype[Any]]
 SUFFIXES = frozenset((".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"))
 
 
-def read_folder(spec: str, root: Path) -> tuple[list[tuple[Array, Array]], list[str]]:
+def read_folder(spec: str, root: Path, size: int | None = None) -> tuple[list[tuple[Array, Array]], list[str]]:
     """Read ``root/train/CLASS/*`` and ``root/test/CLASS/*``, or ``root/CLASS/*`` without own test split.
 
-    ``root/val`` is taken where there is no ``root/test``; where there are both, ``val`` is not read. Classes
+    ``root/val`` is taken where there is no ``root/test``, as in ImageNet; where there are both, ``val`` is not read.
+    In Tiny ImageNet, whose ``test`` has no labels, ``root/val/images/*`` with the classes that
+    ``root/val/val_annotations.txt`` gives them are the own test split. Classes
     are numbered in the order of their sorted names; images are sorted by path within a class and may lie in
     folders of the class folder. Files without an image's suffix, hidden files and hidden folders are passed over.
 
@@ -27,6 +29,8 @@ def read_folder(spec: str, root: Path) -> tuple[list[tuple[Array, Array]], list[
     Args:
         spec: what messages start with.
         root: the folder.
+        size: the largest square around the centre of each image is cut out and scaled to this side, in pixels,
+            bilinearly; None to take the images as they are.
 
     Returns:
         The parts ``(images, labels)``, training first: uint8, N x H x W or N x H x W x 3, and int64, N. And the
@@ -34,13 +38,17 @@ def read_folder(spec: str, root: Path) -> tuple[list[tuple[Array, Array]], list[
 
     Raises:
         InputError: a folder or images are missing, an image cannot be read, has more than 8 bits per channel
-            or another size than the first, or the test split has a class that the training part lacks.
+            or another size than the first, the test split has a class that the training part lacks, or an
+            annotation is not of an image that is there.
     """
     if not root.is_dir():
         raise InputError(f"{spec}: {root} {'is not a folder' if root.exists() else 'does not exist'}")
     train = root / "train"
     folders = [root]
-    if train.is_dir() and _subfolders(train):  # a class may be called "train", but then holds no folders
+    annotations = root / "val" / "val_annotations.txt"
+    if train.is_dir() and annotations.is_file():
+        folders = [train]
+    elif train.is_dir() and _subfolders(train):  # a class may be called "train", but then holds no folders
         tests = [root / name for name in ("test", "val") if (root / name).is_dir()]
         if not tests:
             raise InputError(f"{spec} has train/ but neither test/ nor val/; to go without, give folder:{train}")
@@ -65,7 +73,11 @@ def read_folder(spec: str, root: Path) -> tuple[list[tuple[Array, Array]], list[
         if not sum(counts):
             raise InputError(f"{spec}: {folder} has no images")
         labels.append(np.repeat(np.arange(len(names)), counts))
-    images = np.split(_read_images(spec, paths), [len(labels[0])])
+    if folders == [train]:
+        found, classes = _annotated(spec, annotations, names)
+        paths += found
+        labels.append(classes)
+    images = np.split(_read_images(spec, paths, size), [len(labels[0])])
     return list(zip(images, labels, strict=False)), names  # without own test split, the last piece is empty
 
 
@@ -73,8 +85,27 @@ def _subfolders(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
-def _read_images(spec: str, paths: Sequence[Path]) -> Array:
-    from PIL import Image
+def _annotated(spec: str, annotations: Path, names: list[str]) -> tuple[list[Path], Array]:
+    """The images of Tiny ImageNet's ``val`` and their labels; a line is a file's name, its class and four numbers."""
+    numbers = {name: i for i, name in enumerate(names)}
+    found: list[tuple[int, Path]] = []
+    for i, line in enumerate(annotations.read_text(encoding="utf-8").splitlines(), start=1):
+        parts = line.split()
+        path = annotations.parent / "images" / parts[0] if parts else annotations
+        if len(parts) < 2 or parts[1] not in numbers or not path.is_file():
+            raise InputError(
+                f"{spec}: line {i} of {annotations} must name a file in images/ and one of the {len(names)} classes, "
+                f"found {line[:80]!r}"
+            )
+        found.append((numbers[parts[1]], path))
+    if not found:
+        raise InputError(f"{spec}: {annotations} names no images")
+    found.sort()
+    return [path for _, path in found], np.array([label for label, _ in found])
+
+
+def _read_images(spec: str, paths: Sequence[Path], size: int | None) -> Array:
+    from PIL import Image, ImageOps
 
     images: list[Array] = []
     for path in paths:
@@ -82,7 +113,10 @@ def _read_images(spec: str, paths: Sequence[Path]) -> Array:
             with Image.open(path) as image:
                 if image.mode.startswith(("I", "F")):
                     raise InputError(f"{spec}: {path} has mode {image.mode}, more than 8 bits; convert it to 8 bits")
-                images.append(np.asarray(image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")))
+                plain = image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
+                if size is not None:
+                    plain = ImageOps.fit(plain, (size, size), Image.Resampling.BILINEAR)
+                images.append(np.asarray(plain))
         except InputError:
             raise
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # SyntaxError: broken PNG
@@ -91,7 +125,7 @@ def _read_images(spec: str, paths: Sequence[Path]) -> Array:
         if (height, width) != (height_0, width_0):
             raise InputError(
                 f"{spec}: all images must have one size, but {paths[0]} is {width_0}x{height_0} and {path} is "
-                f"{width}x{height} (width x height); resize them"
+                f"{width}x{height} (width x height); resize them, or add @SIZE to the folder, such as {spec}@64"
             )
     if all(image.ndim == 2 for image in images):
         return np.stack(images)

@@ -1,150 +1,82 @@
-"""Models by name: small built-in ones, torchvision's, and the user's own ``module:function``."""
+"""Models by name: the built-in ones of :mod:`experiments.zoo`, torchvision's, timm's, and ``module:function``."""
 
 from __future__ import annotations
 
 import copy
 import importlib
 import inspect
-import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from experiments.data import reason
+from experiments.zoo.layers import NORMS
+from experiments.zoo.mlp import MLP
+from experiments.zoo.resnet import ResNet, ResNetSmall, ResNeXt
+from experiments.zoo.vgg import VGG
+from experiments.zoo.vit import ViT, ViTSmall
+from experiments.zoo.wide_resnet import WideResNet
 from masks.errors import InputError, unknown_name
+from masks.params import register_norm_type
 
 
-class _BasicBlock(nn.Module):
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outputs)
-        self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or inputs != outputs:
-            conv = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
-            self.shortcut = nn.Sequential(conv, nn.BatchNorm2d(outputs))
+@dataclass(frozen=True)
+class _BuiltIn:
+    """A built-in model.
 
-    def forward(self, x: Tensor) -> Tensor:
-        out = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(out)) + self.shortcut(x))
-
-
-class ResNetSmall(nn.Module):
-    """BatchNorm ResNet: a 3x3 stem, stages of one basic block with widths w, 2w, 4w, mean pooling, linear.
-
-    Each stage after the first halves the image. Images with a side below 16 have two stages and those with a
-    side below 8 one: a third stage on 8x8 digits costs half as much time again and gains no accuracy.
-    Convolutions start as He et al. (2015), fan out; the rest as torch has it.
+    Attributes:
+        build: called with in_channels, image_size, num_classes, width and the options of the spec.
+        width: the default.
+        text: one line.
+        options: per option of the spec its possible values; none listed means an integer.
     """
 
-    def __init__(self, in_channels: int, image_size: tuple[int, int], num_classes: int, width: int) -> None:
-        super().__init__()
-        stages = 3 if min(image_size) >= 16 else 2 if min(image_size) >= 8 else 1
-        self.stem = nn.Sequential(
-            nn.Conv2d(in_channels, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU()
-        )
-        widths = [width, *(width * 2**i for i in range(stages))]
-        self.stages = nn.Sequential(
-            *(_BasicBlock(widths[i], widths[i + 1], stride=2 if i else 1) for i in range(stages))
-        )
-        self.head = nn.Linear(widths[-1], num_classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.stages(self.stem(x)).mean(dim=(2, 3)))  # type: ignore[no-any-return]
+    build: Callable[..., nn.Module]
+    width: int
+    text: str
+    options: dict[str, Sequence[str]] = field(default_factory=dict)
 
 
-class _Attention(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        n, tokens, width = x.shape
-        q, k, v = self.qkv(x).view(n, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        # Written out: torch's fused attention has no second derivative, which Hessian products need.
-        weights = (q @ k.transpose(-2, -1) / math.sqrt(width // self.heads)).softmax(dim=-1)
-        return self.proj((weights @ v).transpose(1, 2).reshape(n, tokens, width))  # type: ignore[no-any-return]
-
-
-class _TransformerBlock(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(width)
-        self.attention = _Attention(width, heads)
-        self.norm2 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.norm1(x))
-        return x + self.mlp(self.norm2(x))  # type: ignore[no-any-return]
-
-
-class ViTSmall(nn.Module):
-    """LayerNorm vision transformer: pre-norm, 3 blocks, heads of 16 channels, mean pooling, no dropout.
-
-    The patch side is the smallest power of two, from 2 on, that gives at most 64 tokens: 2 for 8x8 images
-    (16 tokens), 4 for 28x28 (49) and 32x32 (64). Sides that it does not divide are padded with zeros.
-    """
-
-    def __init__(self, in_channels: int, image_size: tuple[int, int], num_classes: int, width: int) -> None:
-        super().__init__()
-        if width % 16:
-            raise InputError(f"vit_small needs a width that is a multiple of 16 (one head each), found {width}")
-        height, breadth = image_size
-        self.patch = 2
-        while math.ceil(height / self.patch) * math.ceil(breadth / self.patch) > 64:
-            self.patch *= 2
-        tokens = math.ceil(height / self.patch) * math.ceil(breadth / self.patch)
-        self.embed = nn.Conv2d(in_channels, width, self.patch, self.patch)
-        self.position = nn.Parameter(torch.empty(1, tokens, width))
-        # As large as the tokens: with the usual 0.02, 400 digits are learned to 72 % instead of 94 %.
-        nn.init.normal_(self.position, std=0.5)
-        self.blocks = nn.Sequential(*(_TransformerBlock(width, width // 16) for _ in range(3)))
-        self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, num_classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.pad(x, (0, -x.shape[3] % self.patch, 0, -x.shape[2] % self.patch))
-        x = self.embed(x).flatten(2).transpose(1, 2) + self.position
-        return self.head(self.norm(self.blocks(x)).mean(dim=1))  # type: ignore[no-any-return]
-
-
-class MLP(nn.Sequential):
-    """Two hidden ReLU layers; no normalization layer."""
-
-    def __init__(self, in_channels: int, image_size: tuple[int, int], num_classes: int, width: int) -> None:
-        super().__init__(
-            nn.Flatten(),
-            nn.Linear(in_channels * math.prod(image_size), width),
-            nn.ReLU(),
-            nn.Linear(width, width),
-            nn.ReLU(),
-            nn.Linear(width, num_classes),
-        )
-
-
-_BUILT_IN: dict[str, tuple[Callable[[int, tuple[int, int], int, int], nn.Module], int, str]] = {
-    "resnet_small": (ResNetSmall, 16, "BatchNorm ResNet, one block per stage, for 8x8 to 32x32 images"),
-    "vit_small": (ViTSmall, 64, "LayerNorm vision transformer, 3 blocks, 16 to 64 tokens"),
-    "mlp": (MLP, 128, "two hidden layers, no normalization layers: a control"),
+_NORM: dict[str, Sequence[str]] = {"norm": NORMS}
+_PATCH: dict[str, Sequence[str]] = {"patch": ()}
+_BUILT_IN: dict[str, _BuiltIn] = {
+    "resnet_small": _BuiltIn(ResNetSmall, 16, "BatchNorm ResNet, one block per stage, for 8x8 to 32x32 images", _NORM),
+    "vit_small": _BuiltIn(ViTSmall, 64, "LayerNorm vision transformer, 3 blocks, 16 to 64 tokens"),
+    "mlp": _BuiltIn(MLP, 128, "two hidden layers, no normalization layers: a control"),
+    "resnet18": _BuiltIn(partial(ResNet, blocks=(2, 2, 2, 2)), 64, "ResNet-18 with a 3x3 stem, for CIFAR", _NORM),
+    "resnet20": _BuiltIn(
+        partial(ResNet, blocks=(3, 3, 3), shortcut="padding"), 16, "ResNet-20 for CIFAR, He et al. 2016", _NORM
+    ),
+    "resnet56": _BuiltIn(
+        partial(ResNet, blocks=(9, 9, 9), shortcut="padding"), 16, "ResNet-56 for CIFAR, He et al. 2016", _NORM
+    ),
+    "wrn16_4": _BuiltIn(partial(WideResNet, depth=16), 64, "WRN-16-4, Zagoruyko and Komodakis 2016", _NORM),
+    "wrn28_10": _BuiltIn(partial(WideResNet, depth=28), 160, "WRN-28-10, Zagoruyko and Komodakis 2016", _NORM),
+    "resnext29_32x4d": _BuiltIn(
+        partial(ResNeXt, cardinality=32, bottleneck=4), 64, "ResNeXt-29, 32x4d, Xie et al. 2017", _NORM
+    ),
+    "resnext29_8x64d": _BuiltIn(
+        partial(ResNeXt, cardinality=8, bottleneck=64), 64, "ResNeXt-29, 8x64d, Xie et al. 2017", _NORM
+    ),
+    "vgg16_bn": _BuiltIn(VGG, 64, "VGG-16 with BatchNorm and one linear layer, for CIFAR"),
+    "vit_t": _BuiltIn(ViT, 192, "ViT-T, DeiT's sizes, patch side 4", _PATCH),
+    "vit_s": _BuiltIn(ViT, 384, "ViT-S, DeiT's sizes, patch side 4", _PATCH),
 }
 
 
 def list_models() -> dict[str, str]:
-    """The built-in models, each with a description of one line and its default width."""
-    return {name: f"{text}; width {width}" for name, (_, width, text) in _BUILT_IN.items()}
+    """The built-in models, each with a description of one line, its default width and its options."""
+    out = {}
+    for name, model in _BUILT_IN.items():
+        options = [f"{key}={'|'.join(values) or 'N'}" for key, values in model.options.items()]
+        out[name] = "; ".join((model.text, f"width {model.width}", *options))
+    return out
 
 
 def build_model(
@@ -158,36 +90,67 @@ def build_model(
     Args:
         spec: one of
 
-            - a name of :func:`list_models`;
+            - a name of :func:`list_models`, with options as in ``wrn28_10:norm=group`` or ``vit_t:patch=8``;
+              ``norm`` is batch, group, layer or none, see :func:`experiments.zoo.layers.make_norm`;
             - ``torchvision:NAME``, a classification model of torchvision, untrained. Most want 3 channels;
+            - ``timm:NAME``, a model of timm (the extra ``timm``), untrained, with timm's defaults;
             - ``module:function``, imported from the current directory or the environment, and called with
               those of ``in_channels``, ``image_size``, ``num_classes``, ``width`` that it accepts (``width``
               only if one is given). It returns an ``nn.Module``.
         in_channels: channels of the images.
         image_size: height and width of the images in pixels.
         num_classes: outputs of the model.
-        width: channels of the first stage (``resnet_small``), of the tokens (``vit_small``, a multiple of 16)
-            or of the hidden layers (``mlp``); None for the model's own default.
+        width: of a built-in model: channels of the first stage (ResNets, WRN, VGG), of the stem (ResNeXt, 64 scales
+            nothing), of the tokens (``vit_small``: a multiple of 16; ViTs: of 64) or of the hidden layers (``mlp``);
+            None for the model's own default.
 
     Raises:
-        InputError: no such model, a width that the model does not take, or a function that cannot be imported,
-            fails, or does not return a module.
+        InputError: no such model or option, a width that the model does not take, timm is not installed, or a
+            function that cannot be imported, fails, or does not return a module.
     """
     if width is not None and width < 1:
         raise InputError(f"width must be at least 1, found {width}")
-    if spec in _BUILT_IN:
-        build, default, _ = _BUILT_IN[spec]
-        return build(in_channels, image_size, num_classes, default if width is None else width)
-    prefix, colon, name = spec.partition(":")
+    name, colon, rest = spec.partition(":")
+    if name in _BUILT_IN and (not colon or "=" in rest):
+        model = _BUILT_IN[name]
+        options = _options(spec, name, rest) if colon else {}
+        return model.build(in_channels, image_size, num_classes, model.width if width is None else width, **options)
     if not colon:
-        known = [*_BUILT_IN, "torchvision:NAME", "module:function"]
+        known = [*_BUILT_IN, "torchvision:NAME", "timm:NAME", "module:function"]
         raise InputError(unknown_name("model", spec, known))
-    if prefix == "torchvision":
-        return _torchvision_model(name, num_classes, width)
-    options: dict[str, Any] = {"in_channels": in_channels, "image_size": image_size, "num_classes": num_classes}
+    if name == "torchvision":
+        return _torchvision_model(rest, num_classes, width)
+    if name == "timm":
+        return _timm_model(rest, in_channels, image_size, num_classes, width)
+    options = {"in_channels": in_channels, "image_size": image_size, "num_classes": num_classes}
     if width is not None:
         options["width"] = width
-    return _user_model(spec, prefix, name, options)
+    return _user_model(spec, name, rest, options)
+
+
+def user_module(spec: str) -> str | None:
+    """The module of the user's own that a spec names; None for models that come with the project or a library."""
+    name, colon, rest = spec.partition(":")
+    ours = name in ("torchvision", "timm") or (name in _BUILT_IN and "=" in rest)
+    return name if colon and not ours else None
+
+
+def _options(spec: str, name: str, text: str) -> dict[str, Any]:
+    """The options of a built-in model's spec, ``key=value`` separated by colons."""
+    known = _BUILT_IN[name].options
+    options: dict[str, Any] = {}
+    for part in text.split(":"):
+        key, _, value = part.partition("=")
+        if key not in known:
+            raise InputError(f"model {spec}: {unknown_name(f'option of {name}', key, known)}")
+        if key in options:
+            raise InputError(f"model {spec} gives {key} twice")
+        if known[key] and value not in known[key]:
+            raise InputError(f"model {spec}: {unknown_name(key, value, known[key])}")
+        if not known[key] and not (value.isascii() and value.isdigit()):
+            raise InputError(f"model {spec}: {key} must be a whole number, found {value!r}")
+        options[key] = value if known[key] else int(value)
+    return options
 
 
 def _torchvision_model(name: str, num_classes: int, width: int | None) -> nn.Module:
@@ -199,6 +162,41 @@ def _torchvision_model(name: str, num_classes: int, width: int | None) -> nn.Mod
     if width is not None:
         raise InputError(f"torchvision:{name} takes no width, found {width}; leave it out")
     model: nn.Module = models.get_model(name, weights=None, num_classes=num_classes)
+    return model
+
+
+def _timm_model(
+    name: str, in_channels: int, image_size: tuple[int, int], num_classes: int, width: int | None
+) -> nn.Module:
+    try:
+        import timm
+        from timm.layers import norm
+    except ImportError as error:
+        raise InputError(
+            f"model timm:{name} needs timm, which cannot be imported ({reason(error)}); install sam-masks[timm]"
+        ) from None
+    known = timm.list_models()
+    if name not in known:
+        raise InputError(unknown_name("timm model", name, known))
+    if width is not None:
+        raise InputError(f"timm:{name} takes no width, found {width}; leave it out")
+    for cls in vars(norm).values():  # most are subclasses of torch's, but not its RmsNorm and its like
+        if isinstance(cls, type) and issubclass(cls, nn.Module) and cls.__module__ == norm.__name__:
+            register_norm_type(cls)
+    options: dict[str, Any] = {"pretrained": False, "in_chans": in_channels, "num_classes": num_classes}
+    if getattr(timm.get_pretrained_cfg(name), "fixed_input_size", False):  # others have no such argument
+        options["img_size"] = image_size
+    try:
+        model: nn.Module = timm.create_model(name, **options)
+    except Exception as error:  # some want a patch that divides the image, or three channels
+        raise InputError(
+            f"model timm:{name} cannot be built for {in_channels} channels of {image_size[0]}x{image_size[1]} "
+            f"({reason(error)})"
+        ) from None
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            # torch's fused attention has no second derivative
+            module.fused_attn = False  # type: ignore[assignment]
     return model
 
 

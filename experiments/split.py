@@ -49,6 +49,8 @@ class Split:
         test_is_shared: all report seeds have the same test images.
         num_classes: number of classes of the data set.
         digest: ``ImageSet.digest`` of the data set.
+        mean: float32, C; what was subtracted from the images of each channel.
+        std: float32, C; what they were then divided by.
 
     Raises:
         ValueError: lengths that do not agree, or an image in two parts.
@@ -67,6 +69,8 @@ class Split:
     test_is_shared: bool
     num_classes: int
     digest: str
+    mean: Tensor
+    std: Tensor
 
     def __post_init__(self) -> None:
         for part in ("train", "val", "test"):
@@ -143,7 +147,7 @@ def make_split(
     chosen = np.argsort(rng.random(n_train), kind="stable")[: round(label_noise * n_train)]
     noisy[chosen] = (rng.random(len(chosen)) * data.num_classes).astype(np.int64)
 
-    train_x, val_x, test_x = _standardised([data.x[torch.from_numpy(ids)] for ids in (train, val, test)])
+    (train_x, val_x, test_x), mean, std = _standardised([data.x[torch.from_numpy(ids)] for ids in (train, val, test)])
     return Split(
         train_x=train_x,
         train_y=torch.from_numpy(noisy),
@@ -158,6 +162,8 @@ def make_split(
         test_is_shared=has_own_test,
         num_classes=data.num_classes,
         digest=data.digest,
+        mean=mean,
+        std=std,
     )
 
 
@@ -199,8 +205,8 @@ def _draw(ids: Ids, y: Ids, n: int, rng: np.random.Generator) -> Ids:
     return np.sort(np.concatenate([ids[:0], *drawn]))
 
 
-def _standardised(parts: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Subtract the first part's mean and divide by its standard deviation, per channel, in place."""
+def _standardised(parts: Sequence[Tensor]) -> tuple[Sequence[Tensor], Tensor, Tensor]:
+    """Subtract the first part's mean and divide by its standard deviation, per channel, in place; returns both."""
     train = parts[0]
     # Sums in float64: in float32 the deviation of 6000 images of 28x28 comes out 0.2 % too small, and a
     # constant channel does not come out constant.
@@ -210,4 +216,4 @@ def _standardised(parts: Sequence[Tensor]) -> Sequence[Tensor]:
     norm = torch.linalg.vector_norm(train, dim=(0, 2, 3), dtype=torch.float64)
     std = (norm / (train.numel() / train.shape[1]) ** 0.5).float()[:, None, None]
     std[std == 0] = 1
-    return [part.div_(std) for part in parts]
+    return [part.div_(std) for part in parts], mean.flatten(), std.flatten()

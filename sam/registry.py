@@ -31,7 +31,7 @@ class MethodInfo:
         tuned_on: what the defaults come from.
         rho: the default radius.
         limits: which masks, optimizers or entries it does not support, each with the reason.
-        preset: settings of a run that the method fixes, such as its own mask.
+        preset: from options to the settings of a run that the method fixes, such as its own mask.
         needs_model: whether options alone do not make it: it is made for a model, by a function of its module.
         options: what can be set.
         make: from options to the method.
@@ -47,7 +47,7 @@ class MethodInfo:
     tuned_on: str
     rho: float
     limits: tuple[str, ...]
-    preset: Mapping[str, str]
+    preset: Callable[..., Mapping[str, str]] = field(repr=False)
     needs_model: bool
     options: tuple[Option, ...]
     make: MethodFn = field(repr=False)
@@ -76,7 +76,7 @@ def register_method(
     state_per_masked: int = 0,
     state_per_parameter: int = 0,
     limits: Sequence[str] = (),
-    preset: Mapping[str, str] | None = None,
+    preset: Callable[..., Mapping[str, str]] | None = None,
     needs_model: bool = False,
 ) -> Callable[[MethodFn], MethodFn]:
     """Register a method: ``fn(*, option: type = default, ...) -> Method``.
@@ -107,7 +107,7 @@ def register_method(
             tuned_on=tuned_on,
             rho=rho,
             limits=tuple(limits),
-            preset=dict(preset or {}),
+            preset=preset or (lambda **options: {}),
             needs_model=needs_model,
             options=options_of(fn),
             make=fn,
@@ -170,6 +170,11 @@ class MethodSpec:
     @property
     def info(self) -> MethodInfo:
         return method_info(self.name)
+
+    @property
+    def preset(self) -> dict[str, str]:
+        """Settings of a run that the method fixes."""
+        return dict(self.info.preset(**self.options))
 
     def build(self) -> Method:
         """The method.

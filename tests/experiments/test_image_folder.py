@@ -71,6 +71,70 @@ def test_two_sizes_are_named(tmp_path: Path) -> None:
         load_data(f"folder:{tmp_path}")
 
 
+def tiny_imagenet(root: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Its layout: boxes beside the training images, an unlabelled test folder, validation images in one folder."""
+    train = [put(root / f"train/{c}/images/{c}_{i}.JPEG.png") for c in ("n01", "n02", "n03") for i in range(2)]
+    (root / "train/n01/n01_boxes.txt").write_text("n01_0.JPEG\t0\t0\t3\t3\n")
+    put(root / "test/images/test_0.png")
+    val = {f"val_{i}.png": put(root / f"val/images/val_{i}.png") for i in range(4)}
+    classes = {"val_0.png": "n03", "val_1.png": "n01", "val_2.png": "n03", "val_3.png": "n02"}
+    lines = [f"{name}\t{c}\t0\t32\t44\t62\n" for name, c in classes.items()]
+    (root / "val/val_annotations.txt").write_text("".join(lines))
+    return np.stack(train), np.stack([val[f"val_{i}.png"] for i in (1, 3, 0, 2)])
+
+
+def test_tiny_imagenet(tmp_path: Path) -> None:
+    train, val = tiny_imagenet(tmp_path)
+    data = load_data(f"folder:{tmp_path}")
+    np.testing.assert_array_equal(as_pixels(data.x), np.concatenate((train, val)))
+    assert data.y.tolist() == [0, 0, 1, 1, 2, 2, 0, 1, 2, 2]
+    assert (data.num_own_test, data.class_names) == (4, ("n01", "n02", "n03"))
+
+
+@pytest.mark.parametrize("line", ["val_9.png\tn01\t0\t0\t1\t1", "val_0.png\tn09", "val_0.png", ""])
+def test_bad_annotations_are_named(tmp_path: Path, line: str) -> None:
+    tiny_imagenet(tmp_path)
+    path = tmp_path / "val/val_annotations.txt"
+    path.write_text(f"val_1.png\tn01\t0\t0\t1\t1\n{line}\n")
+    with pytest.raises(
+        InputError, match=r"line 2 of .*val_annotations.txt must name a file in images/ and one of the 3"
+    ):
+        load_data(f"folder:{tmp_path}")
+    path.write_text("")
+    with pytest.raises(InputError, match=r"val_annotations.txt names no images"):
+        load_data(f"folder:{tmp_path}")
+
+
+def test_images_of_all_sizes_are_cut_square_and_scaled(tmp_path: Path) -> None:
+    exact = put(tmp_path / "a/1.png", size=(4, 4))
+    wide = put(tmp_path / "a/2.png", size=(4, 8))
+    blocks = put(tmp_path / "b/3.png", size=(4, 4)).repeat(2, 0).repeat(2, 1)
+    Image.fromarray(np.pad(blocks, ((3, 3), (0, 0), (0, 0)))).save(tmp_path / "b/3.png")
+    grey = put(tmp_path / "b/4.png", "L", size=(40, 30))
+    data = load_data(f"folder:{tmp_path}@4")
+    pixels = as_pixels(data.x)
+    assert pixels.shape == (4, 4, 4, 3)
+    np.testing.assert_array_equal(pixels[0], exact)
+    np.testing.assert_array_equal(pixels[1], wide[:, 2:6])
+    # Pillow halves an image with a triangle of four pixels: 1/8, 3/8, 3/8, 1/8 (in the middle of the image).
+    weights = np.array([1, 3, 3, 1]) / 8
+    middle = np.einsum("i,j,ijc->c", weights, weights, blocks[1:5, 1:5].astype(float))
+    np.testing.assert_allclose(pixels[2][1, 1], middle, atol=1)
+    assert abs(float(pixels[3].mean()) - float(grey.mean())) < 20
+    with pytest.raises(InputError, match=r"resize them, or add @SIZE to the folder, such as folder:.*@64"):
+        load_data(f"folder:{tmp_path}")
+    with pytest.raises(InputError, match="the side after @ must be from 1 to 4096 pixels, found 0"):
+        load_data(f"folder:{tmp_path}@0")
+
+
+def test_a_folder_may_have_an_at_sign_in_its_name(tmp_path: Path) -> None:
+    image = put(tmp_path / "set@8/a/1.png")
+    np.testing.assert_array_equal(as_pixels(load_data(f"folder:{tmp_path}/set@8").x)[0], image)
+    assert load_data(f"folder:{tmp_path}/set@8@3").image_shape == (3, 3, 3)
+    with pytest.raises(InputError, match=r"set@x does not exist"):
+        load_data(f"folder:{tmp_path}/set@x")
+
+
 def test_missing_folders_and_images(tmp_path: Path) -> None:
     spec = f"folder:{tmp_path}"
     with pytest.raises(InputError, match="nowhere does not exist"):

@@ -1,5 +1,6 @@
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -7,11 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from experiments.models import build_model, check_model, list_models
+from experiments.models import build_model, check_model, list_models, user_module
 from masks.errors import InputError
 from masks.params import ParamTable, model_digest, norm_modules
 
 SIZES = [(1, (8, 8)), (3, (32, 32)), (1, (28, 28)), (2, (5, 9)), (3, (64, 48))]
+NARROW = {"vit_small": 16, "vit_t": 64, "vit_s": 64, "resnext29_32x4d": 16}
+"""Small widths that the models can have; 4 for all others."""
 
 
 def build(spec: str, channels: int = 1, size: tuple[int, int] = (8, 8), classes: int = 10, **options: Any) -> nn.Module:
@@ -24,7 +27,7 @@ def build(spec: str, channels: int = 1, size: tuple[int, int] = (8, 8), classes:
 @pytest.mark.parametrize("spec", list_models())
 @pytest.mark.parametrize(("channels", "size"), SIZES)
 def test_built_in_models_take_images_of_any_size(spec: str, channels: int, size: tuple[int, int]) -> None:
-    model = build(spec, channels, size, 7)
+    model = build(spec, channels, size, 7, width=NARROW.get(spec, 4))
     check_model(model, torch.randn(3, channels, *size), 7, name=spec)
     model(torch.randn(4, channels, *size)).sum().backward()
     assert all(p.grad is not None for p in model.parameters())
@@ -35,8 +38,22 @@ def test_weights_follow_torchs_seed_and_nothing_else(spec: str) -> None:
     digests = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        digests.append(model_digest(build(spec)))
+        digests.append(model_digest(build(spec, width=NARROW.get(spec, 4))))
     assert digests[0] == digests[1] != digests[2]
+
+
+@pytest.mark.parametrize("spec", list_models())
+def test_nothing_is_random_in_training(spec: str) -> None:
+    model = build(spec, width=NARROW.get(spec, 4)).train()
+    x = torch.randn(3, 1, 8, 8)
+    assert torch.equal(model(x), model(x))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", list_models())
+def test_models_of_the_paper_in_full_size(spec: str) -> None:
+    model = build(spec, 3, (32, 32), 100)
+    check_model(model, torch.randn(2, 3, 32, 32), 100, name=spec)
 
 
 def test_normalization_layers_are_those_of_the_architecture() -> None:
@@ -95,11 +112,10 @@ def test_the_transformer_sees_all_pixels_and_where_they_are() -> None:
     assert (model(x) - model(swapped)).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("spec", list_models())
-def test_second_derivatives_exist(spec: str) -> None:
-    """Hessian products are taken of every model; the fused attention of torch has none."""
+def double_net(spec: str) -> tuple[list[torch.Tensor], Callable[[bool], list[torch.Tensor]], list[torch.Tensor]]:
+    """Parameters of a narrow net in float64, its gradients of a loss, and a random direction of norm 1."""
     torch.manual_seed(0)
-    model = build(spec, width=16).double().eval()
+    model = build(spec, width=NARROW.get(spec, 4)).double().eval()
     params = list(model.parameters())
     x, y = torch.randn(4, 1, 8, 8, dtype=torch.float64), torch.arange(4)
 
@@ -109,6 +125,12 @@ def test_second_derivatives_exist(spec: str) -> None:
 
     v = [torch.randn_like(p) for p in params]
     torch._foreach_div_(v, float(torch.cat([t.flatten() for t in v]).norm()))
+    return params, gradients, v
+
+
+@pytest.mark.parametrize("spec", ["resnet_small", "vit_small", "mlp", "vit_t"])
+def test_second_derivatives_are_differences_of_first_ones(spec: str) -> None:
+    params, gradients, v = double_net(spec)
     products = torch.autograd.grad(gradients(True), params, v)
     ends = []
     for step in (1e-6, -1e-6):
@@ -120,11 +142,80 @@ def test_second_derivatives_exist(spec: str) -> None:
         torch.testing.assert_close(product, (plus - minus) / 2e-6, rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("spec", list_models())
+def test_second_derivatives_exist(spec: str) -> None:
+    """Hessian products are taken of every model; the fused attention of torch has none. In deep nets differences
+    cross the kinks of ReLUs, so this asks whether u'(Hv) = v'(Hu)."""
+    params, gradients, v = double_net(spec)
+    u = [torch.randn_like(p) for p in params]
+
+    def product(a: list[torch.Tensor], b: list[torch.Tensor]) -> float:
+        h = torch.autograd.grad(gradients(True), params, a)
+        return float(sum((s * t).sum() for s, t in zip(h, b, strict=True)))
+
+    assert product(u, v) == pytest.approx(product(v, u), rel=1e-8)
+    assert abs(product(u, v)) > 1e-6
+
+
+@pytest.mark.parametrize("spec", [name for name, text in list_models().items() if "norm=" in text])
+@pytest.mark.parametrize("norm", ["group", "layer", "none"])
+def test_norm_variants(spec: str, norm: str) -> None:
+    """They train, agree with BatchNorm in the norm coordinates (or have none), and treat every image alone."""
+    torch.manual_seed(0)
+    width = NARROW.get(spec, 4)
+    model = build(f"{spec}:norm={norm}", 3, (16, 16), 5, width=width)
+    batch = ParamTable.from_model(build(spec, 3, (16, 16), 5, width=width))
+    found = [row.numel for row in ParamTable.from_model(model) if row.is_norm]
+    assert found == ([] if norm == "none" else [row.numel for row in batch if row.is_norm])
+    x = torch.randn(4, 3, 16, 16)
+    model(x).square().sum().backward()
+    assert all(p.grad is not None and bool(p.grad.any()) for p in model.parameters())
+    torch.testing.assert_close(model(x)[:2], model(x[:2]), rtol=1e-4, atol=1e-5)
+
+
+def test_groups_are_those_of_wu_and_he_where_channels_allow() -> None:
+    wide = {m.num_channels: m.num_groups for m in build("wrn28_10:norm=group").modules() if isinstance(m, nn.GroupNorm)}
+    assert wide == {16: 8, 160: 16, 320: 32, 640: 32}
+    odd = {
+        m.num_channels: m.num_groups
+        for m in build("resnet20:norm=group", width=9).modules()
+        if isinstance(m, nn.GroupNorm)
+    }
+    assert odd == {9: 1, 18: 1, 36: 2}
+    layer = {m.num_groups for m in build("resnet20:norm=layer").modules() if isinstance(m, nn.GroupNorm)}
+    assert layer == {1}
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("resnet20:norm=grup", "model resnet20:norm=grup: unknown norm 'grup'; did you mean group"),
+        ("resnet20:patch=4", "unknown option of resnet20 'patch'; known: norm"),
+        ("vgg16_bn:norm=none", "unknown option of vgg16_bn 'norm'; known: none"),
+        ("vit_t:patch=4.0", "patch must be a whole number, found '4.0'"),
+        ("vit_t:patch=0", "patch side of at least 1, found 0"),
+        ("wrn16_4:norm=group:norm=layer", "gives norm twice"),
+        ("resnet20:make", "cannot import 'resnet20'"),
+    ],
+)
+def test_options_that_cannot_be(spec: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        build(spec)
+
+
+def test_modules_of_the_user_are_told_from_ours() -> None:
+    ours = ("resnet20", "resnet20:norm=group", "torchvision:resnet18", "timm:resnet18")
+    assert [user_module(spec) for spec in ours] == [None] * 4
+    assert [user_module(spec) for spec in ("nets.mine:make", "resnet20:make")] == ["nets.mine", "resnet20"]
+
+
 @pytest.mark.parametrize(
     ("spec", "width", "message"),
     [
         ("resnet_small", 0, "width must be at least 1, found 0"),
         ("vit_small", 24, "multiple of 16 .*, found 24"),
+        ("vit_t", 96, "multiple of 64 .*, found 96"),
+        ("resnext29_32x4d", 24, "of which 4 / 64 is a whole number, found 24"),
         ("torchvision:resnet18", 8, "torchvision:resnet18 takes no width, found 8"),
     ],
 )
@@ -137,7 +228,7 @@ def test_widths_that_cannot_be(spec: str, width: int, message: str) -> None:
     ("spec", "message"),
     [
         ("resnet_smal", "unknown model 'resnet_smal'; did you mean resnet_small"),
-        ("zzz", "unknown model 'zzz'; known: mlp, module:function, resnet_small, torchvision:NAME, vit_small"),
+        ("zzz", "unknown model 'zzz'; known: mlp, module:function, resnet18, .*, timm:NAME, torchvision:NAME, "),
         ("torchvision:resnet19", "unknown torchvision model 'resnet19'; did you mean resnet1"),
     ],
 )
@@ -157,6 +248,34 @@ def test_torchvision_models() -> None:
     with pytest.raises(InputError, match=message) as error:
         check_model(model, torch.randn(2, 1, 8, 8), 10, name="torchvision:x")
     assert "\n" not in str(error.value)
+
+
+def test_timm_is_an_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "timm", None)  # as if it were not installed
+    with pytest.raises(InputError, match=r"model timm:resnet18 needs timm, .*; install sam-masks\[timm\]") as error:
+        build("timm:resnet18")
+    assert "\n" not in str(error.value)
+
+
+def test_timm_models() -> None:
+    timm = pytest.importorskip("timm")
+    torch.manual_seed(3)
+    digest = model_digest(build("timm:resnet10t", 1, (32, 32)))
+    torch.manual_seed(3)
+    model = build("timm:resnet10t", 1, (32, 32))
+    assert model_digest(model) == digest
+    check_model(model, torch.randn(2, 1, 32, 32), 10)
+    vit = build("timm:vit_tiny_patch16_224", 3, (32, 48))
+    check_model(vit, torch.randn(2, 3, 32, 48), 10)
+    assert ParamTable.from_model(build("timm:vit_tiny_patch16_224", 3, (224, 224), 1000)).numel == 5_717_416
+    with pytest.raises(InputError, match="unknown timm model 'resnet11t'; did you mean resnet1"):
+        build("timm:resnet11t")
+    with pytest.raises(InputError, match="takes no width, found 8"):
+        build("timm:resnet10t", width=8)
+    with torch.device("meta"):
+        model = build("timm:mobilenetv4_conv_small", 3, (32, 32))
+    assert sum(row.is_norm for row in ParamTable.from_model(model)) == 2 * len(list(norm_modules(model))) > 0
+    assert timm.layers.RmsNorm in {type(m) for _, m in norm_modules(nn.Sequential(timm.layers.RmsNorm(4)))}
 
 
 # -- the user's own -----------------------------------------------------------------------------------------
