@@ -18,6 +18,27 @@ def statistics(model: nn.Module) -> list[Tensor]:
     return [b for _, module in norm_modules(model) for b in module.buffers(recurse=False)]
 
 
+class SavedStatistics:
+    """A copy of these buffers, to be put back.
+
+    Args:
+        buffers: as from :func:`statistics`.
+    """
+
+    def __init__(self, buffers: list[Tensor]) -> None:
+        self.buffers, self._saved = buffers, [torch.empty_like(b) for b in buffers]
+        if buffers:
+            torch._foreach_copy_(self._saved, buffers)
+
+    @torch.no_grad()
+    def restore_unless(self, keep: Tensor) -> None:
+        """Put the copy back, in place, where ``keep`` (0-dim bool) is False; nothing is read from an accelerator."""
+        if not self.buffers or (keep.device.type == "cpu" and bool(keep)):
+            return
+        before = [torch.where(keep, b, s) for b, s in zip(self.buffers, self._saved, strict=True)]
+        torch._foreach_copy_(self.buffers, before)
+
+
 @contextmanager
 def frozen_statistics(buffers: list[Tensor]) -> Iterator[None]:
     """Undo every change of these buffers on exit, in place, also after an exception.

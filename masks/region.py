@@ -22,9 +22,10 @@ less than whole-tensor arithmetic up to about one coordinate in ten."""
 class Piece:
     """The kept coordinates of one tensor, in one of three forms.
 
-    Whole (``index`` and ``keep`` are None), index (``index``: int64 positions in the tensor's *storage
-    order*, so that channels-last weights need no copy) or dense (``keep``: boolean tensor).
-    *Values* of a piece have the tensor's shape for the first and last form, shape (n,) for the second.
+    Whole (``index`` and ``keep`` are None), index (``index``: int64 positions in the tensor's *storage*, so that
+    channels-last weights need no copy) or dense (``keep``: boolean tensor).
+    *Values* of a piece have the tensor's shape for the first and last form, shape (n,) for the second: the kept
+    coordinates in C order, whatever the tensor's layout, so that values outlive a change of it.
     """
 
     row: ParamRow
@@ -36,6 +37,11 @@ class Piece:
     @property
     def is_whole(self) -> bool:
         return self.index is None and self.keep is None
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape of its values."""
+        return self.param.shape if self.index is None else self.index.shape
 
     def gather(self, like: Tensor) -> Tensor:
         """The values of a tensor of the parameter's shape; zero outside the mask in the dense form.
@@ -198,5 +204,6 @@ def _piece(row: ParamRow, position: int, param: Tensor, part: bool | Tensor) -> 
         return Piece(row, position, param)
     keep = part.to(param.device)
     if _is_dense(param) and int(keep.sum()) < INDEX_BELOW * row.numel:
-        return Piece(row, position, param, index=storage_order(keep, param).nonzero().squeeze(1))
+        strides = torch.tensor(param.stride(), dtype=torch.int64, device=param.device)
+        return Piece(row, position, param, index=(keep.nonzero() * strides).sum(1))
     return Piece(row, position, param, keep=keep)

@@ -13,12 +13,38 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from masks.errors import InputError
+from masks.mask import Mask
 from masks.params import ParamTable
+from masks.spec import MaskSpec
 from sam.memory import Memory
 from sam.mup import MupRole
 from sam.passes import BatchPasses, Passes
-from sam.perturbation import Perturbation, Rule
+from sam.perturbation import NormScope, Perturbation, Rule
 from sam.step import Ascended, Step
+
+OWN_MEMORY = (
+    "data-parallel training with ascent_gradient=replica: every rank has a running mean of its own, and must save and "
+    "load a state_dict of its own; that of another rank is refused"
+)
+"""A limit of directions with a memory."""
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """What a method is used with.
+
+    Attributes:
+        base: the base optimizer.
+        norm_scope, clip_grad_norm: as in :class:`sam.SAM`.
+        scaled: whether there is a GradScaler.
+        replicated: whether there are replicas.
+    """
+
+    base: Optimizer
+    norm_scope: NormScope
+    clip_grad_norm: float | None
+    scaled: bool
+    replicated: bool
 
 
 @dataclass(frozen=True)
@@ -56,8 +82,8 @@ class Ascent:
     every_gradient = False
     batch = False
 
-    def check(self, base: Optimizer) -> None:
-        """Refuse base optimizers with which it cannot work.
+    def check(self, setting: Setting) -> None:
+        """Refuse base optimizers and settings with which it cannot work.
 
         Raises:
             InputError: this is one.
@@ -88,7 +114,7 @@ class Combine:
 
     every_gradient = False
 
-    def check(self, base: Optimizer) -> None:
+    def check(self, setting: Setting) -> None:
         """As :meth:`Ascent.check`."""
 
     def combine(self, step: Step, clean: Sequence[Tensor]) -> None:
@@ -146,6 +172,8 @@ class Method:
         combine: how gradients make the one that the base optimizer sees.
         data: which examples each pass sees.
         when: in which steps the method applies; in the others the base optimizer steps.
+        required: settings without which it is another method: "norm_scope", and "mask", as
+            :meth:`masks.MaskSpec.parse` reads it; see ``preset`` in :class:`sam.MethodInfo`.
 
     Raises:
         InputError: slots that do not go together.
@@ -157,6 +185,7 @@ class Method:
     combine: Combine = field(default_factory=Combine)
     data: Data = field(default_factory=Data)
     when: When = field(default_factory=When)
+    required: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         divides = type(self.data).parts is not Data.parts
@@ -164,15 +193,34 @@ class Method:
         if divides and not plain:
             raise InputError(f"{self.data!r} perturbs every part of a batch by itself; it goes with plain slots only")
 
-    def check(self, table: ParamTable, base: Optimizer) -> None:
-        """Refuse parameters and base optimizers with which a slot cannot work.
+    def check(self, table: ParamTable, setting: Setting) -> None:
+        """Refuse parameters, base optimizers and settings with which a slot cannot work.
 
         Raises:
             InputError: what does not fit, or a method that must be made for a model first (:meth:`prepared`).
         """
+        scope = self.required.get("norm_scope", setting.norm_scope)
+        if scope != setting.norm_scope:
+            raise InputError(f'this method has norm_scope="{scope}", got "{setting.norm_scope}"; give SAM the first')
         self.rule.metric.check(table)
-        self.ascent.check(base)
-        self.combine.check(base)
+        self.ascent.check(setting)
+        self.combine.check(setting)
+
+    def check_mask(self, mask: Mask) -> None:
+        """Refuse a mask that is not the method's own; an empty one, with which training may begin, never.
+
+        Raises:
+            InputError: it was built by another builder, with other options, or by hand.
+        """
+        if "mask" not in self.required or not mask.num_kept:
+            return
+        own, found = MaskSpec.parse(self.required["mask"]), mask.provenance
+        if (found.builder, dict(found.options)) != (own.name, dict(own.options)):
+            options = f" with {dict(found.options)}" if found.builder == own.name else ""
+            raise InputError(
+                f"this method has a mask of its own, {own}, and this one is {found.builder}{options}; build it by "
+                f'MaskSpec.parse("{own}").build(context, budget), and again when the method says'
+            )
 
     def prepared(
         self, model: nn.Module, base_model: nn.Module, *, roles: Mapping[str, MupRole] | None = None

@@ -13,12 +13,13 @@ from torch.optim import LBFGS, Optimizer
 
 from masks.errors import InputError
 from masks.mask import Mask
+from masks.norm_stats import SavedStatistics, statistics
 from masks.params import ParamTable
 from masks.region import Region
 from sam.accumulation import Accumulated, AccumulatedPasses
 from sam.checks import check_choice, check_rho, one_device
-from sam.memory import Memory
-from sam.method import Method
+from sam.memory import Memory, Shapes
+from sam.method import Method, Setting
 from sam.parallel import AscentGradient, Replicas, check_not_sharded, find_wrapper
 from sam.passes import BatchPasses, ClosurePasses, LossFn, NormStatistics, Passes, Surroundings
 from sam.perturbation import NormScope, Rule
@@ -29,7 +30,7 @@ from sam.wrappers import unwrapped, unwrapped_mask
 
 __all__ = ["SAM", "NonFiniteError", "StepStats"]
 
-CHECKPOINT_VERSION = 2
+CHECKPOINT_VERSION = 3
 
 
 class SAM(Optimizer):
@@ -60,7 +61,8 @@ class SAM(Optimizer):
             one, at w, the last one, at w + eps, or both; passes between them never do.
         replay_rng: draw the same dropout masks in both passes, by resetting the default random generators.
         seed: of everything random in the method.
-        on_nonfinite: "skip" counts and skips a step with a non-finite gradient. Fused base optimizers decide
+        on_nonfinite: "skip" counts and skips a step with a non-finite gradient; the running statistics and what the
+            method remembers are then those before the step, too. Fused base optimizers decide
             that on the device; for others, and the first time that a parameter is stepped, one scalar is read,
             which on an accelerator waits for it. "raise" reads that scalar after every step and raises.
         clip_grad_norm: largest norm of the gradient that the base optimizer steps with, over all its parameters (as
@@ -72,7 +74,9 @@ class SAM(Optimizer):
         ascent_gradient: under DistributedDataParallel, "replica": each replica ascends along the gradient of its own
             shard, which costs no communication and is ``micro_batch_sam`` with one part per replica; "synchronised":
             all along the average, as in one process on the whole batch. Averages give every replica the same
-            weight, as DDP does, so shards should be of one size. Masks must be the same on all replicas.
+            weight, as DDP does, so shards should be of one size. Masks must be the same on all replicas. Methods
+            that remember gradients (``friendly_sam``, ``vasso``) remember each replica's own under "replica": every
+            rank must then save and load its own :meth:`state_dict`, and that of another rank is refused.
 
     Attributes:
         enabled: set it to False and the base optimizer steps alone, as outside a window of epochs.
@@ -129,9 +133,10 @@ class SAM(Optimizer):
         self.model = unwrapped(model)
         check_not_sharded(self.model)
         mask = unwrapped_mask(mask, self.model)
-        self.method.check(mask.table, base_optimizer)
+        self.memory = Memory(seed)
         self._replicas: Replicas | None = None
-        self._find_replicas(model)
+        self._check_method(mask.table, base_optimizer, replicated=False)
+        self._find_replicas(model, mask.table, base_optimizer)
         self._bind(mask, base_optimizer.param_groups)  # raises before the base optimizer is changed
         self._update = Update(base_optimizer, on_nonfinite, clip_grad_norm)
         self.base_optimizer: Optimizer | None = None
@@ -139,7 +144,6 @@ class SAM(Optimizer):
         self.base_optimizer = base_optimizer
         self._share()
         self.enabled = True
-        self.memory = Memory(seed)
         self.mask = mask
         self.stats: StepStats | None = None
         self.skipped_steps = torch.zeros((), dtype=torch.int64)
@@ -165,22 +169,46 @@ class SAM(Optimizer):
     def set_mask(self, mask: Mask) -> None:
         """Perturb these coordinates from the next step on.
 
-        What the method remembers of the coordinates of another mask is dropped, and counted in ``memory.resets``.
+        What the method remembers of the masked coordinates alone is dropped if these change, and that is counted in
+        ``memory.resets``; what it remembers of all parameters is kept.
 
         Raises:
             InputError: see the class.
         """
         mask = unwrapped_mask(mask, self.model)
         bound = self._bind(mask, self.param_groups)
-        if self.memory.nbytes and mask.digest() != self.mask.digest():
-            self.memory.reset()
+        if self.memory.nbytes:
+            same = self.norm_scope == "full" or mask.digest() == self.mask.digest()
+            self.memory.fit(self._shapes(bound[0]), same_mask=same)
         self.mask = mask
         self._region, self._whole, self._groups, self._devices = bound
         self.skipped_steps = self.skipped_steps.to(self._devices[0])
         scaler = self.scaler
         self._scaling = LossScaling(scaler, self._devices[0]) if scaler is not None and scaler.is_enabled() else None
 
-    def _find_replicas(self, model: nn.Module) -> None:
+    def _check_method(self, table: ParamTable, base: Optimizer, *, replicated: bool) -> None:
+        setting = Setting(
+            base=base,
+            norm_scope=self.norm_scope,
+            clip_grad_norm=self.clip_grad_norm,
+            scaled=self.scaler is not None and self.scaler.is_enabled(),
+            replicated=replicated,
+        )
+        self.method.check(table, setting)
+
+    def _shapes(self, region: Region) -> Shapes:
+        """Of what the method may remember under a mask with this region, one per tensor."""
+        every = [row.shape for row in region.mask.table if row.numel]
+        return {"counted": every if self.norm_scope == "full" else [p.shape for p in region.pieces], "all": every}
+
+    def _find_late_wrapper(self) -> None:
+        """A wrapper may have been made since construction, until the first step."""
+        if self.stats is None and self._replicas is None and self.base_optimizer is not None:
+            self._find_replicas(self.model, self.mask.table, self.base_optimizer)
+            if self._replicas is not None:
+                self.set_mask(self.mask)
+
+    def _find_replicas(self, model: nn.Module, table: ParamTable, base: Optimizer) -> None:
         wrapper = find_wrapper(model)
         if wrapper is None:
             return
@@ -189,7 +217,10 @@ class SAM(Optimizer):
                 "this method steps with a mixture of gradients, and replicas that mix in their own would drift apart; "
                 'use ascent_gradient="synchronised"'
             )
+        self._check_method(table, base, replicated=True)
         self._replicas = Replicas(wrapper, self.ascent_gradient)
+        if self.ascent_gradient == "replica":
+            self.memory.replica = self._replicas.place
 
     def _bind(
         self, mask: Mask, groups: Sequence[dict[str, Any]]
@@ -197,6 +228,7 @@ class SAM(Optimizer):
         """The mask's region, that of all parameters if it is needed, the group of every piece, the device."""
         if self._replicas is not None:
             self._replicas.check_same(mask)
+        self.method.check_mask(mask)
         devices = one_device(p for group in groups for p in group["params"])
         region = Region(mask, self.model)
         mask.table.check_same(ParamTable.from_model(self.model), "the mask is of another model")
@@ -250,19 +282,16 @@ class SAM(Optimizer):
             return self._step(ClosurePasses(self._surroundings(), closure))
 
     def _surroundings(self) -> Surroundings:
-        if self.stats is None and self._replicas is None:  # a wrapper may have been made since
-            self._find_replicas(self.model)
-            if self._replicas is not None:
-                self.set_mask(self.mask)
+        self._find_late_wrapper()
         if self._perturbs and not (self._whole or self._region).is_current:
             self.set_mask(self.mask)
         return Surroundings(
-            model=self.model,
             devices=self._devices,
             norm_statistics=self.norm_statistics,
             replay_rng=self.replay_rng,
             zero_grad=self._clear_gradients,
             params=self._params,
+            statistics=statistics(self.model),
             scaling=self._scaling,
             replicas=self._replicas,
         )
@@ -324,9 +353,17 @@ class SAM(Optimizer):
         )
         due = self._perturbs and self.method.when.due(self.memory.steps)
         self.memory.steps += 1
+        self.memory.discard()
+        running = SavedStatistics(passes.surroundings.statistics)
         found = self._ascend(step, passes) if due else self._plain(step, passes)
         finite = found.finite if self._replicas is None else self._replicas.agree(found.finite)
-        finite = self._update(finite, self._scaling)
+        try:
+            finite = self._update(finite, self._scaling)
+        except NonFiniteError:
+            running.restore_unless(torch.zeros_like(finite))
+            raise
+        running.restore_unless(finite)
+        self.memory.commit(finite)
         self.skipped_steps += ~finite
         if due:
             self.method.combine.after(step, finite)
@@ -363,6 +400,7 @@ class SAM(Optimizer):
             "norm_statistics": self.norm_statistics,
             "replay_rng": self.replay_rng,
             "clip_grad_norm": self.clip_grad_norm,
+            "ascent_gradient": self.ascent_gradient,
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -370,8 +408,9 @@ class SAM(Optimizer):
 
         Keys: ``base`` (the base optimizer's own state, momentum included), ``mask``
         (:meth:`masks.mask.Mask.state_dict`), ``memory`` (what the method remembers), ``settings``,
-        ``skipped_steps``, ``version``. Plain tensors and
-        containers: ``torch.load(..., weights_only=True)`` reads it.
+        ``skipped_steps``, ``version``. Plain tensors and containers: ``torch.load(..., weights_only=True)`` reads it.
+        It does not depend on the memory layout of the parameters. One rank's state serves all, except for methods that
+        remember gradients under ``ascent_gradient="replica"``: there every rank saves its own.
         """
         assert self.base_optimizer is not None
         return {
@@ -393,9 +432,10 @@ class SAM(Optimizer):
 
         Raises:
             InputError: not a checkpoint of this class, or one made with another mask, other settings, or
-                another model. Nothing is changed then.
+                another model, or by another replica. Nothing is changed then.
         """
         assert self.base_optimizer is not None
+        self._find_late_wrapper()
         kinds = {"version": int, "base": dict, "mask": dict, "settings": dict, "memory": dict, "skipped_steps": Tensor}
         if not isinstance(state_dict, dict) or not all(isinstance(state_dict.get(k), t) for k, t in kinds.items()):
             raise InputError(f"not a checkpoint of SAM: it needs the keys {', '.join(sorted(kinds))}")
@@ -413,9 +453,8 @@ class SAM(Optimizer):
         for name, value in self._settings().items():
             if state_dict["settings"].get(name) != value:
                 raise InputError(f"the checkpoint was made with {name}={state_dict['settings'].get(name)}, not {value}")
-        self.memory.check(state_dict["memory"])
-        if here != there:
-            self._bind(mask, self.param_groups)  # raises before anything is changed
+        region, *_ = self._bind(mask, self.param_groups)  # raises before anything is changed
+        self.memory.check(state_dict["memory"], self._shapes(region))
         try:
             self.base_optimizer.load_state_dict(state_dict["base"])
         except (ValueError, KeyError, TypeError) as error:

@@ -38,6 +38,12 @@ class Replicas:
     wrapper: DistributedDataParallel
     ascent_gradient: AscentGradient
 
+    @property
+    def place(self) -> tuple[int, int]:
+        """This process's rank and the number of replicas."""
+        group = self.wrapper.process_group
+        return dist.get_rank(group), dist.get_world_size(group)
+
     def apart(self) -> AbstractContextManager[None]:
         """Inside, DDP neither averages gradients nor waits for them to come."""
         return self.wrapper.no_sync()

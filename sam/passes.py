@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from masks.errors import InputError
-from masks.norm_stats import frozen_statistics, statistics
+from masks.norm_stats import frozen_statistics
 from masks.region import Region
 from sam.parallel import Replicas
 from sam.precision import LossScaling
@@ -30,23 +30,23 @@ class Surroundings:
     """What the passes of one step must not disturb.
 
     Attributes:
-        model: the model.
         devices: where its parameters lie.
         norm_statistics: the pass in which running statistics of normalization layers are updated: the clean one
             ("first"), the final one ("second"), or both; inner ones never do.
         replay_rng: every pass draws the same dropout masks.
         zero_grad: clears all gradients.
         params: all tensors that may have one.
+        statistics: the running statistics of normalization layers.
         scaling: of the losses, under a GradScaler; what the passes hand out is unscaled.
         replicas: of the model, in data-parallel training.
     """
 
-    model: nn.Module
     devices: Sequence[torch.device]
     norm_statistics: NormStatistics
     replay_rng: bool
     zero_grad: Callable[[], None]
     params: Callable[[], list[Tensor]]
+    statistics: list[Tensor]
     scaling: LossScaling | None = None
     replicas: Replicas | None = None
 
@@ -60,7 +60,6 @@ class Passes(ABC):
 
     def __init__(self, surroundings: Surroundings) -> None:
         self.surroundings = surroundings
-        self._buffers: list[Tensor] | None = None
         self._rng: list[tuple[torch.device, Tensor]] | None = None
 
     @contextmanager
@@ -80,9 +79,7 @@ class Passes(ABC):
         if updates:
             yield
             return
-        if self._buffers is None:
-            self._buffers = statistics(around.model)
-        with frozen_statistics(self._buffers):
+        with frozen_statistics(around.statistics):
             yield
 
     def gradients(self, region: Region, role: Role = "clean") -> tuple[Any, list[Tensor]]:
@@ -197,15 +194,10 @@ class BatchPasses(Passes):
         buffers that changed under it.
 
         Raises:
-            InputError: a gradient is sparse; there is a GradScaler, or there are replicas; see also
-                :func:`twice_differentiable`.
+            InputError: a gradient is sparse; see also :func:`check_second_derivative`, :func:`twice_differentiable`.
         """
         around = self.surroundings
-        if around.scaling is not None or around.replicas is not None:
-            raise InputError(
-                "this method takes a second derivative, which goes with neither a GradScaler nor "
-                "DistributedDataParallel; train it in one process, without a scaler"
-            )
+        check_second_derivative(around.scaling is not None, around.replicas is not None)
         with self._pass("inner"):
             loss = self._losses("inner").mean()
             with twice_differentiable():
@@ -219,9 +211,18 @@ class BatchPasses(Passes):
 
         Args:
             index: their positions, int64, shape (n,).
+
+        Raises:
+            InputError: the batch's tensors do not all have one entry per loss.
         """
+        examples = self.num_examples
+        if self.clean_losses is not None and len(self.clean_losses) != examples:
+            raise InputError(
+                f"this method chooses examples of the batch by their losses; the batch has {examples} entries and "
+                f"loss_fn gave {len(self.clean_losses)} losses"
+            )
         part = BatchPasses(self.surroundings, self._loss_fn, take(self._batch, index), weight=self.weight)
-        part._rng, part._buffers = self._rng, self._buffers
+        part._rng = self._rng
         return part
 
     def split(self, sizes: Sequence[int]) -> list[BatchPasses]:
@@ -305,6 +306,19 @@ def per_example(losses: Any) -> Tensor:
 def restricted(loss: Tensor, region: Region) -> tuple[Tensor, ...]:
     """The gradients of the tensors that a region touches, and no others; they are the same, bit for bit."""
     return torch.autograd.grad(loss, region.params, allow_unused=True, materialize_grads=True)
+
+
+def check_second_derivative(scaled: bool, replicated: bool) -> None:
+    """Refuse a second derivative of a scaled loss, or of one that replicas share.
+
+    Raises:
+        InputError: it is one.
+    """
+    if scaled or replicated:
+        raise InputError(
+            "this method takes a second derivative, which goes with neither a GradScaler nor DistributedDataParallel; "
+            "train it in one process, without a scaler"
+        )
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from masks.errors import InputError, unknown_name
@@ -25,13 +25,15 @@ class MethodInfo:
         passes: forward and backward passes per step, in units of one of the base optimizer's, under a mask that does
             not restrict the first pass: a number, or a formula in the options.
         num_passes: the same as a function of the options; a forward pass alone counts a third.
-        state_per_masked: numbers that it keeps from step to step per masked coordinate (per parameter under
-            ``norm_scope="full"``).
+        state_per_masked: numbers that it keeps from step to step per masked coordinate, in the form of
+            :class:`masks.region.Region`: of a tensor of which the mask keeps a tenth or more, but not all, every
+            entry is stored. Per parameter under ``norm_scope="full"``.
         state_per_parameter: numbers that it keeps per parameter, masked or not.
         tuned_on: what the defaults come from.
         rho: the default radius.
         limits: which masks, optimizers or entries it does not support, each with the reason.
-        preset: from options to the settings of a run that the method fixes, such as its own mask.
+        preset: from options to the settings of a run that the method fixes, such as its own mask; :class:`sam.SAM`
+            refuses others (:attr:`sam.Method.required`).
         needs_model: whether options alone do not make it: it is made for a model, by a function of its module.
         options: what can be set.
         make: from options to the method.
@@ -182,7 +184,7 @@ class MethodSpec:
         Raises:
             InputError: values that are out of range or do not go together.
         """
-        return self.info.make(**self.options)
+        return replace(self.info.make(**self.options), required=self.preset)
 
 
 def build_method(name: str, **options: Any) -> Method:

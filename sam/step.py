@@ -138,14 +138,11 @@ class Step:
         masked = self.masked(gradients)
         if not self.full_norm or self.whole is None:
             values = self.method.direction(masked, self.memory)
-            found = self.perturb(RegionVector(self.region, values, masked))
-        else:
-            counted = self.whole.gather(gradients)
-            direction = self.method.direction(counted, self.memory)
-            along = RegionVector(self.region, self.masked(direction), masked)
-            found = self.perturb(along, norm_over=RegionVector(self.whole, direction, counted))
-        self.memory.commit(found.finite)
-        return found
+            return self.perturb(RegionVector(self.region, values, masked))
+        counted = self.whole.gather(gradients)
+        direction = self.method.direction(counted, self.memory)
+        along = RegionVector(self.region, self.masked(direction), masked)
+        return self.perturb(along, norm_over=RegionVector(self.whole, direction, counted))
 
     def perturb(self, along: RegionVector, *, norm_over: RegionVector | None = None) -> Perturbation:
         """eps along a direction by the method's rule, at the step's radii."""

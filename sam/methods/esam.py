@@ -87,12 +87,18 @@ class SharpestExamples(Data):
 @register_method(
     "esam",
     summary="a random part of the mask is perturbed, and only the examples whose loss rises most are stepped with",
-    source="Du et al. 2022, arXiv 2110.03141, algorithm 1 (stochastic weight perturbation, data selection)",
+    source=(
+        "Du et al. 2022, arXiv 2110.03141 (stochastic weight perturbation, data selection); formulas from secondary "
+        "sources, algorithm number unverified: the paper's text was not at hand"
+    ),
     passes="1 + gamma, and 1/3 (a forward pass) if gamma < 1; less under unit=tensor, whose first pass is restricted",
     num_passes=lambda beta, gamma, unit: 1 + gamma + (1 / 3 if gamma < 1 else 0),
     tuned_on="CIFAR-10 and CIFAR-100, ResNet-18 (the authors' script); beta = 0.5 for WideResNet and PyramidNet",
     limits=(
-        "gamma < 1 needs step_on: a closure hides the batch",
+        "gamma < 1 needs step_on with the batch in one piece: a closure hides the batch, and so does Accumulated",
+        "data-parallel training: every replica selects from its own shard",
+        "replay_rng starts all passes from the same random state, but the final pass is on fewer examples: their "
+        "dropout masks are not those that they had in the first",
         "random numbers are drawn on the CPU, unit=element one per masked coordinate and step: with large masks on an "
         "accelerator that costs more than a pass; unit=tensor draws one per tensor",
     ),

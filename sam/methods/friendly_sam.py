@@ -11,7 +11,7 @@ from torch import Tensor
 
 from masks.errors import InputError
 from sam.memory import Memory
-from sam.method import Direction, Method
+from sam.method import OWN_MEMORY, Direction, Method
 from sam.registry import register_method
 
 
@@ -37,14 +37,10 @@ class Friendly(Direction):
             raise InputError(f"decay of friendly_sam must be at least 0 and less than 1, got {self.decay}")
 
     def __call__(self, gradient: Sequence[Tensor], memory: Memory) -> list[Tensor]:
-        mean = memory.get("mean_gradient")
-        if mean is None:
-            # Copied: the caller's tensors may be buffers that the next pass writes to.
-            memory.put("mean_gradient", [g.clone() for g in gradient])
-            return list(gradient)
+        earlier = memory.get("mean_gradient")
         # The average is of g itself: towards g - sigma m it would settle at half the mean gradient.
-        memory.put("mean_gradient", torch._foreach_lerp(mean, list(gradient), 1 - self.decay))
-        return list(torch._foreach_sub(list(gradient), mean, alpha=self.sigma))
+        memory.running_mean("mean_gradient", gradient, 1 - self.decay)
+        return list(gradient if earlier is None else torch._foreach_sub(list(gradient), earlier, alpha=self.sigma))
 
 
 @register_method(
@@ -55,6 +51,7 @@ class Friendly(Direction):
     rho=0.2,
     state_per_masked=1,
     tuned_on="CIFAR-100, ResNet-18: the authors' log with decay 0.95 (81.43 %; 81.38 % with 0.6)",
+    limits=(OWN_MEMORY,),
 )
 def friendly_sam(*, sigma: float = 1.0, decay: float = 0.95) -> Method:
     """``eps = rho d / ||d||``, ``d_t = g_t - sigma m_{t-1}``, ``m_t = decay m_{t-1} + (1 - decay) g_t``.

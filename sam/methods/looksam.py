@@ -55,13 +55,13 @@ class ReuseVertical(Combine):
         params = step.first_region.params
         perturbed = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
         vertical = orthogonal(perturbed, clean)
-        step.memory.put("vertical", vertical)
-        step.memory.commit(torch.isfinite(total_norm(vertical)))
+        # A gradient that the base optimizer does not hold may be infinite in a step that is taken.
+        step.memory.put("vertical", vertical, "all", valid=torch.isfinite(total_norm(vertical)))
 
     @torch.no_grad()
     def between(self, step: Step) -> None:
         vertical = step.memory.get("vertical")
-        if vertical is None:  # no due step yet, or the mask has changed since
+        if vertical is None:  # no due step yet
             return
         gradients = [p.grad for p in step.first_region.params]
         length = total_norm(vertical)
@@ -83,7 +83,8 @@ class ReuseVertical(Combine):
     rho=0.1,
     limits=(
         "in the steps that perturb, the first pass takes the gradient of every parameter, whatever the mask",
-        "a mask that changes drops g_v: until the next step that perturbs, the base optimizer steps with g alone",
+        "k counts steps from the first one of the run, also those outside a window of epochs: in a window that opens "
+        "later up to k - 1 steps of the base optimizer come first",
     ),
 )
 def looksam(*, k: int = 5, alpha: float = 0.7) -> Method:

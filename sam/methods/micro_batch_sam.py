@@ -55,7 +55,7 @@ class MicroBatches(Data):
     source="mSAM, Behdin et al. 2022, arXiv 2212.04343 and 2302.09693; m-sharpness: Foret et al. 2021",
     passes="2",
     tuned_on="nothing: the paper's number of parts was not at hand",
-    limits=("needs step_on: a closure hides the batch",),
+    limits=("needs step_on with the batch in one piece: a closure hides the batch, and so does Accumulated",),
 )
 def micro_batch_sam(*, parts: int | None = 4, size: int | None = None) -> Method:
     """``sum_i |B_i|/|B| grad L_{B_i}(w + eps_i)``, ``eps_i = rho g_i / ||g_i||`` with g_i the gradient on part B_i.

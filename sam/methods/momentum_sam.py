@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from masks.errors import InputError
 from masks.region import Region
-from sam.method import Ascent, Method
+from sam.method import Ascent, Method, Setting
 from sam.passes import Passes
 from sam.perturbation import RegionVector
 from sam.registry import register_method
@@ -24,7 +24,8 @@ _BUFFERS = ("momentum_buffer", "exp_avg")
 class AgainstMomentum(Ascent):
     """One pass, at ``w - rho v / ||v||``, v the momentum buffer of the base optimizer; at w while there is none."""
 
-    def check(self, base: Optimizer) -> None:
+    def check(self, setting: Setting) -> None:
+        base = setting.base
         for group in base.param_groups:
             if not (group.get("momentum", 0) > 0 or group.get("betas", (0,))[0] > 0):
                 raise InputError(

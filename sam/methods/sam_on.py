@@ -17,7 +17,7 @@ from sam.registry import register_method
     rho=0.5,
     tuned_on="WRN-28-10 on CIFAR-100, read off a figure: l2 1.0, elementwise l2 10, layerwise l2 0.5, "
     "elementwise linf 0.1",
-    limits=("its mask is norm: with any other mask it is sam or asam by name",),
+    limits=("its mask is norm: any other is refused; take sam or asam under it",),
     preset=lambda **_: {"mask": "norm", "norm_scope": "masked"},
 )
 def sam_on(
@@ -28,7 +28,7 @@ def sam_on(
 ) -> Method:
     """eps as in ``sam`` or ``asam``, over the affine parameters of all normalization layers; ``||T^-1 eps|| = rho``.
 
-    The ablations of the paper are settings of a run: the complement (mask no_norm), a window of epochs (sam_epochs),
-    frozen normalization parameters and training them alone (trainable).
+    The ablations of the paper are settings of a run: the complement (sam or asam under the mask no_norm), a window of
+    epochs (sam_epochs), frozen normalization parameters and training them alone (trainable).
     """
     return Method(rule=Rule.named(rule, eta=eta, bias=bias))

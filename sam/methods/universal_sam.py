@@ -12,7 +12,7 @@ from torch import Tensor
 
 from masks.errors import InputError
 from masks.region import Piece
-from sam.method import Ascent, Method
+from sam.method import Ascent, Method, Setting
 from sam.passes import Passes
 from sam.perturbation import total_norm
 from sam.registry import register_method
@@ -53,16 +53,20 @@ class RandomPoints(Ascent):
 
     every_gradient = True
 
+    def check(self, setting: Setting) -> None:
+        if setting.norm_scope == "full":
+            raise InputError('universal_sam takes no norm, so norm_scope="full" has no meaning; use "masked"')
+        if setting.replicated and self.measure != "trace" and self.lam != 0:
+            raise InputError(
+                f"measure={self.measure} weighs points by their losses, which differ between replicas; "
+                "use one process, or measure=trace"
+            )
+
     def __call__(self, step: Step, passes: Passes) -> Ascended:
         device = step.region.pieces[0].param.device
         if self.lam == 0:
             return Ascended.unperturbed(passes.backward("only"), device)
         rho = _common_radius(step)
-        if passes.surroundings.replicas is not None and self.measure != "trace":
-            raise InputError(
-                f"measure={self.measure} weighs points by their losses, which differ between replicas; "
-                "use one process, or measure=trace"
-            )
         loss, clean = passes.gradients(step.first_region)
         signs = (1, -1) if self.antithetic else (1,)
         values, norms = [], []
@@ -118,8 +122,6 @@ def _common_radius(step: Step) -> float:
         raise InputError(f"universal_sam divides by one rho^2; the groups' radii are {radii}: give them one rho")
     if radii[0] == 0:
         raise InputError("universal_sam divides by rho^2, so rho must be > 0; for the base optimizer set lam=0")
-    if step.full_norm:
-        raise InputError('universal_sam takes no norm, so norm_scope="full" has no meaning; use "masked"')
     return radii[0]
 
 
@@ -147,6 +149,7 @@ def _least(measure: str) -> int:
         "a closure's loss and gradient must have the same scale, unless the measure is trace",
         "random numbers are drawn on the CPU, one per masked coordinate and draw: with large masks on an accelerator, "
         "or small batches, that costs more than a pass",
+        "every step reads the losses of its points, for which an accelerator is waited",
         "data-parallel training: trace only, and ascent_gradient=synchronised; the others weigh points by their losses",
     ),
 )

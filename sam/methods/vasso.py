@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from masks.errors import InputError
 from sam.memory import Memory
-from sam.method import Direction, Method
+from sam.method import OWN_MEMORY, Direction, Method
 from sam.registry import register_method
 
 
@@ -32,14 +31,7 @@ class VarianceSuppressed(Direction):
             raise InputError(f"theta of vasso must be greater than 0 and at most 1, got {self.theta}")
 
     def __call__(self, gradient: Sequence[Tensor], memory: Memory) -> list[Tensor]:
-        old = memory.get("direction")
-        if old is None:
-            # Copied: the caller's tensors may be buffers that the next pass writes to.
-            memory.put("direction", [g.clone() for g in gradient])
-            return list(gradient)
-        direction = list(torch._foreach_lerp(old, list(gradient), self.theta))
-        memory.put("direction", direction)
-        return direction
+        return memory.running_mean("direction", gradient, self.theta)
 
 
 @register_method(
@@ -50,6 +42,7 @@ class VarianceSuppressed(Direction):
     rho=0.2,
     state_per_masked=1,
     tuned_on="CIFAR-100, WRN-28-10: the authors' script",
+    limits=(OWN_MEMORY,),
 )
 def vasso(*, theta: float = 0.9) -> Method:
     """``eps = rho d_t / ||d_t||``, ``d_t = (1 - theta) d_{t-1} + theta g_t``.

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from masks.errors import InputError
-from sam.method import Combine, Method
+from sam.method import Combine, Method, Setting
 from sam.registry import register_method
 from sam.step import Step
 
@@ -35,7 +34,13 @@ class WeightedSharpness(Combine):
     def weight(self) -> float:
         return self.gamma / (1 - self.gamma)
 
-    def check(self, base: Optimizer) -> None:
+    def check(self, setting: Setting) -> None:
+        base = setting.base
+        if self.decoupled and setting.clip_grad_norm is not None:
+            raise InputError(
+                "decoupled wsam moves the weights by a (g_adv - g) besides the base optimizer's step, which "
+                "clip_grad_norm would not reach; use decoupled=False, or no clip_grad_norm"
+            )
         if self.decoupled and not all("lr" in group for group in base.param_groups):
             raise InputError(
                 f"decoupled wsam moves by the learning rate lr of each group, and {type(base).__name__} has none; "
@@ -76,6 +81,7 @@ class WeightedSharpness(Combine):
     limits=(
         "the first pass takes the gradient of every parameter, whatever the mask",
         "decoupled: only base optimizers whose groups have a learning rate lr, by which the sharpness step is scaled",
+        "decoupled: clip_grad_norm is refused, because it would clip g and leave the sharpness step as it is",
     ),
 )
 def wsam(*, gamma: float = 0.9, decoupled: bool = True) -> Method:
@@ -86,8 +92,8 @@ def wsam(*, gamma: float = 0.9, decoupled: bool = True) -> Method:
     learning rate of each group. Coupled (the paper's ablation): the base optimizer steps with
     ``a g_adv + (1 - a) g``; coupled with gamma = 0.5 is ``sam``, gamma = 0 the base optimizer at twice the cost.
 
-    The authors' code clips both gradients to norm 1 by default; here nothing is clipped. Clipping from outside sees,
-    when decoupled, only g.
+    The authors' code clips both gradients to norm 1 by default; here nothing is clipped. A hook of the base optimizer
+    sees, when decoupled, only g.
     """
     combine = WeightedSharpness(gamma, decoupled)
     return Method() if combine.weight == 1 and not decoupled else Method(combine=combine)

@@ -6,14 +6,15 @@ import functools
 import math
 import tempfile
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from masks import Budget, Mask, MaskContext, ParamTable, build_mask, list_masks
-from sam import SAM, Elementwise, Identity, Layerwise, Rule
+from masks import Budget, Mask, MaskContext, MaskSpec, ParamTable, build_mask, list_masks
+from sam import SAM, Elementwise, Identity, Layerwise, MethodSpec, Rule
 
 Batch = tuple[Tensor, Tensor]
 
@@ -54,6 +55,13 @@ class TinyViT(nn.Module):
         x = self.patch(x).flatten(2).transpose(1, 2)
         x = torch.cat([self.token.expand(len(x), -1, -1), x], 1) + self.position
         return self.head(self.norm(self.block(x))[:, 0])
+
+
+def own_settings(spec: MethodSpec, model: nn.Module) -> dict[str, Any]:
+    """Method, mask and norm scope of a method that fixes the latter two."""
+    context = MaskContext(model, batches=batches(2, seed=7))
+    mask = MaskSpec.parse(spec.preset["mask"]).build(context, Budget.matching(build_mask("norm", context)))
+    return {"method": spec.build(), "mask": mask, "norm_scope": spec.preset["norm_scope"]}
 
 
 def make(name: str, *, dropout: float = 0.0, seed: int = 0, **options) -> nn.Module:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 from pathlib import Path
 
@@ -13,8 +14,8 @@ from torch.amp import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 
 from masks import InputError, Mask, MaskContext, build_mask
-from sam import SAM, Accumulated, build_method, list_methods
-from tests.sam.nets import batches, build, closure, losses, make, mixed_mask, snapshot
+from sam import SAM, Accumulated, MethodSpec, build_method, list_methods
+from tests.sam.nets import batches, build, closure, losses, make, mixed_mask, own_settings, snapshot
 
 WORLD, RHO, STEPS = 2, 0.2, 3
 ASCENTS = ("replica", "synchronised")
@@ -211,9 +212,45 @@ def methods(rank):
             continue
         key = f"{info.name} {ascent}"
         try:
-            out[key] = train(rank, method=build_method(info.name), ascent_gradient=ascent)["weights"]
+            spec = MethodSpec(info.name)
+            own = own_settings(spec, make("vit")) if spec.preset else {"method": spec.build()}
+            out[key] = train(rank, **own, ascent_gradient=ascent)["weights"]
         except InputError as error:
             out[key] = str(error)
+    return out
+
+
+def resumed(rank):
+    """Five steps, and two steps resumed from the state after three: with the rank's own state, and with rank 0's."""
+    out = {}
+    for name, ascent in itertools.product(("sam", "friendly_sam", "vasso"), ASCENTS):
+
+        def start(name=name, ascent=ascent):
+            model = model_of()
+            ddp = DistributedDataParallel(model)
+            options = {"method": build_method(name), "ascent_gradient": ascent}
+            return model, ddp, SAM(base_of(model), ddp, mask=mask_of("vit", "mixed"), rho=RHO, **options)
+
+        model, ddp, optimizer = start()
+        for step in range(3):
+            optimizer.step_on(losses(ddp), shards(step)[rank])
+        # Copies: a base optimizer shares the tensors of a state that it gave or took.
+        weights, state = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+        of_first = [state]
+        dist.broadcast_object_list(of_first, src=0)
+        for step in (3, 4):
+            optimizer.step_on(losses(ddp), shards(step)[rank])
+        out[f"{name} {ascent}"] = {"end": snapshot(model)}
+        for whose, given in (("own", state), ("first", of_first[0])):
+            model, ddp, optimizer = start()
+            model.load_state_dict(weights)
+            refusal = message(lambda o=optimizer, given=given: o.load_state_dict(copy.deepcopy(given)))
+            everywhere = [None] * WORLD
+            dist.all_gather_object(everywhere, refusal)
+            if not any(everywhere):
+                for step in (3, 4):
+                    optimizer.step_on(losses(ddp), shards(step)[rank])
+            out[f"{name} {ascent}"] |= {whose: snapshot(model), f"{whose} refused": refusal}
     return out
 
 
@@ -285,6 +322,7 @@ SCENARIOS = (
     infinities,
     accumulation,
     methods,
+    resumed,
     traffic,
     sharded,
     refused_wrappers,

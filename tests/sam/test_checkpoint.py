@@ -210,7 +210,7 @@ def without(state, key):
         (lambda: [1], "not a checkpoint of SAM"),
         (lambda: torch.optim.SGD(make("resnet").parameters(), 0.1).state_dict(), "not a checkpoint of SAM"),
         (lambda: without(trained()[1].state_dict(), "settings"), "not a checkpoint of SAM"),
-        (lambda: {**trained()[1].state_dict(), "version": 99}, "checkpoint version 99; this version reads 2"),
+        (lambda: {**trained()[1].state_dict(), "version": 99}, "checkpoint version 99; this version reads 3"),
         (lambda: {**trained()[1].state_dict(), "base": {"state": {}, "param_groups": []}}, "state does not fit"),
         (lambda: {**trained()[1].state_dict(), "base": {}}, "state does not fit"),
         (lambda: {**trained()[1].state_dict(), "base": None}, "not a checkpoint of SAM"),

@@ -8,34 +8,39 @@ import itertools
 import pytest
 import torch
 
-from masks import InputError, ParamTable
+from masks import InputError, Mask, ParamTable
 from sam import SAM, MethodSpec, build_method, list_methods
-from tests.sam.nets import Recorder, batches, buffers, build, losses, make, same_bits, snapshot, state_of
+from tests.sam.nets import Recorder, batches, buffers, build, losses, make, own_settings, same_bits, snapshot, state_of
 
-# Methods that are settings of others are those under other names.
-METHODS = [info.name for info in list_methods() if not info.needs_model and not MethodSpec(info.name).preset]
+# Those of FIXED have a mask of their own, "own" below.
+METHODS = [info.name for info in list_methods() if not MethodSpec(info.name).preset]
+FIXED = [info.name for info in list_methods() if MethodSpec(info.name).preset]
 MASKS = {"all": None, "norm": None, "random": 0.01, "fisher": 0.01}
 BASES = {
     "sgd": lambda p: torch.optim.SGD(p, 0.05, momentum=0.9, weight_decay=5e-4),
     "adamw": lambda p: torch.optim.AdamW(p, 0.005),
 }
-QUICK = {("all", "sgd"), ("norm", "adamw"), ("random", "sgd"), ("fisher", "adamw")}
+QUICK = {("own", "sgd"), ("all", "sgd"), ("norm", "adamw"), ("random", "sgd"), ("fisher", "adamw")}
 
 
 CASES = [
     pytest.param(*case, marks=[] if case[1:] in QUICK else [pytest.mark.slow], id="-".join(case))
-    for case in itertools.product(METHODS, MASKS, BASES)
+    for case in (*itertools.product(METHODS, MASKS, BASES), *itertools.product(FIXED, ["own"], BASES))
 ]
 
 
 def optimizer_of(method, mask, base, *, net="resnet", rho=None, dropout=0.1):
     model = make(net, dropout=dropout)
-    chosen = build(model, mask, density=MASKS[mask])
     spec = MethodSpec.parse(method)
+    made = spec.build().prepared(model, make(net, width=3)) if spec.info.needs_model else spec.build()
+    if spec.preset:
+        options = own_settings(spec, model)
+    else:  # beside a method with a mask of its own stands sam under all
+        options = {"method": made, "mask": build(model, "all" if mask == "own" else mask, density=MASKS.get(mask))}
     # A hundredth of the weights, or the norm layers alone, need a larger radius to be felt.
     rho = spec.info.rho if rho is None else rho
-    optimizer = SAM(BASES[base](model.parameters()), model, mask=chosen, rho=rho, method=spec.build())
-    return model, optimizer, chosen
+    optimizer = SAM(BASES[base](model.parameters()), model, rho=rho, **options)
+    return model, optimizer, options["mask"]
 
 
 def run(model, optimizer, data, seed=11):
@@ -140,6 +145,46 @@ def test_memory_is_as_stated(method, mask, base):
     region = sum(w.numel() for w in optimizer._region.weights())
     stated = info.state_per_masked * region + info.state_per_parameter * chosen.numel
     assert entries == stated
+
+
+def test_a_tensor_in_the_dense_form_is_remembered_whole():
+    model = make("resnet")
+    mask = build(model, "random", density=0.5)
+    optimizer = SAM(BASES["sgd"](model.parameters()), model, mask=mask, method=build_method("friendly_sam"))
+    run(model, optimizer, batches(1))
+    touched = sum(count.row.numel for count in mask.per_layer() if count.kept)
+    assert optimizer.memory.nbytes == 4 * touched > 4 * mask.num_kept
+
+
+@pytest.mark.parametrize("name", FIXED)
+def test_a_method_with_a_mask_of_its_own_takes_no_other(name):
+    model, spec = make("resnet"), MethodSpec(name)
+    own = own_settings(spec, model)
+    hand_made = Mask(own["mask"].table, own["mask"].parts)
+    empty = Mask(own["mask"].table, (False,) * len(own["mask"].table))
+
+    def start(**changes):
+        return SAM(BASES["sgd"](model.parameters()), model, **(own | changes))
+
+    for mask in (build(model, "all"), hand_made):
+        with pytest.raises(InputError, match=r"has a mask of its own, .*; build it by MaskSpec.parse"):
+            start(mask=mask)
+    other = {"full": "masked", "masked": "full"}[own["norm_scope"]]
+    with pytest.raises(InputError, match=f'this method has norm_scope="{own["norm_scope"]}", got "{other}"'):
+        start(norm_scope=other)
+    optimizer = start(mask=empty)
+    with pytest.raises(InputError, match="has a mask of its own"):
+        optimizer.set_mask(hand_made)
+    assert optimizer.mask is empty
+    optimizer.set_mask(own["mask"])
+    run(model, optimizer, batches(1))
+
+
+def test_options_of_the_mask_of_a_method_count():
+    model = make("resnet")
+    own = own_settings(MethodSpec.parse("ssam_d"), model)
+    with pytest.raises(InputError, match=r"mask of its own, dynamic:.*drop_rate=0.3.*this one is dynamic with"):
+        SAM(BASES["sgd"](model.parameters()), model, **own | {"method": build_method("ssam_d", drop_rate=0.3)})
 
 
 def test_names_options_and_texts():

@@ -181,6 +181,21 @@ def test_synchronised_methods_are_those_on_the_whole_batch(ranks, name):
     close(ranks[0]["methods"][f"{name} synchronised"], snapshot(model), rtol=1e-9)
 
 
+@pytest.mark.parametrize("ascent", ASCENTS)
+@pytest.mark.parametrize("name", ["sam", "friendly_sam", "vasso"])
+def test_resume(ranks, name, ascent):
+    """Bitwise from the rank's own state; from rank 0's, too, or it is refused: gradients of another shard."""
+    for rank, found in enumerate(found["resumed"][f"{name} {ascent}"] for found in ranks):
+        assert found["own refused"] == ""
+        assert same_bits(found["own"], found["end"])
+        if rank and name != "sam" and ascent == "replica":
+            assert "is of rank 0 of 2, and this is rank 1 of 2" in found["first refused"]
+        else:
+            assert found["first refused"] == ""
+        if name == "sam" or ascent == "synchronised":
+            assert same_bits(found["first"], found["end"])
+
+
 def test_what_is_sent(ranks):
     """Per replica: DDP's average of the final pass, and one number. Synchronised: the masked tensors' gradient, too."""
     model = make("vit")

@@ -361,6 +361,8 @@ def test_refused_models_and_methods():
             with passes.graph(step.first_region):
                 raise AssertionError("not reached")
 
+    with pytest.raises(InputError, match="second derivative, which goes with neither a GradScaler"):
+        sam_of(model, method=build_method("exact_sam"), scaler=scaler_of())
     optimizer = sam_of(model, method=Method(ascent=Second()), scaler=scaler_of())
     before = snapshot(model)
     with pytest.raises(InputError, match="second derivative, which goes with neither a GradScaler"):

@@ -10,7 +10,7 @@ import torch
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, OneCycleLR, ReduceLROnPlateau
 
 from masks import InputError
-from sam import SAM, Accumulated, build_method
+from sam import SAM, Accumulated, MethodSpec
 from tests.sam.nets import (
     BASES,
     ENTRIES,
@@ -74,14 +74,14 @@ def test_a_limit_that_is_not_reached_changes_nothing(base, entry):
 
 
 @pytest.mark.parametrize("name", ["none", "norm", "all"])
-@pytest.mark.parametrize("method", ["sam", "gsam", "wsam", "micro_batch_sam"])
+@pytest.mark.parametrize("method", ["sam", "gsam", "wsam:decoupled=false", "micro_batch_sam"])
 def test_what_is_clipped_is_what_the_base_optimizer_sees(method, name):
     """After the gradients were combined, and as `clip_grad_norm_` in a hook of the base optimizer clips it."""
     found = []
     for limit in (0.1, None):
         model = make("vit")
         inner = BASES["sgd"](model.parameters())
-        options = {"method": build_method(method), "clip_grad_norm": limit, "rho": 0.2}
+        options = {"method": MethodSpec.parse(method).build(), "clip_grad_norm": limit, "rho": 0.2}
         optimizer = SAM(inner, model, mask=build(model, name), **options)
         if limit is None:
             clip = functools.partial(torch.nn.utils.clip_grad_norm_, list(model.parameters()), 0.1)

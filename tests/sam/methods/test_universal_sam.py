@@ -392,7 +392,6 @@ def test_refused():
     for groups, options, message in [
         ([{"params": tensors}], {"rho": 0.0}, "rho must be > 0"),
         ([{"params": tensors[:1], "rho": 0.1}, {"params": tensors[1:]}], {}, r"radii are \[0.05, 0.1\]"),
-        ([{"params": tensors}], {"norm_scope": "full"}, "takes no norm"),
     ]:
         before = snapshot(model)
         method = build_method("universal_sam")
@@ -400,3 +399,5 @@ def test_refused():
         with pytest.raises(InputError, match=message):
             optimizer.step_on(model, model.b)
         assert same_bits(before, snapshot(model))
+    with pytest.raises(InputError, match="takes no norm"):
+        SAM(torch.optim.SGD(tensors, 0.1), model, mask=mask, method=build_method("universal_sam"), norm_scope="full")

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from masks import InputError
-from sam import SAM, build_method
+from sam import SAM, Method, build_method
+from sam.methods.wsam import WeightedSharpness
 from tests.sam.methods.oracles import (
     FORMS,
     IDENTITY_CASES,
@@ -117,3 +118,18 @@ def test_refusals():
     with pytest.raises(InputError, match="decoupled wsam moves by the learning rate lr of each group, and NoRate"):
         SAM(NoRate(model.parameters()), model, mask=build(model, "all"), method=build_method("wsam"))
     SAM(NoRate(model.parameters()), model, mask=build(model, "all"), method=build_method("wsam", decoupled=False))
+
+
+@pytest.mark.parametrize(("net", "mask", "base"), IDENTITY_CASES)
+def test_the_general_slot_is_sam_there_too(net, mask, base):
+    """The factory takes the plain slot where the weight is 1; this one adds (g_adv - g) times 0."""
+    method = Method(combine=WeightedSharpness(0.5, decoupled=False))
+    assert_same_training(method, build_method("sam"), net, mask, base)
+
+
+def test_clipping_is_refused_where_it_would_not_reach():
+    model = make("resnet")
+    options = {"mask": build(model, "norm"), "clip_grad_norm": 1.0}
+    with pytest.raises(InputError, match=r"decoupled wsam moves the weights .* clip_grad_norm would not reach"):
+        SAM(BASES["sgd"](model.parameters()), model, method=build_method("wsam"), **options)
+    SAM(BASES["sgd"](model.parameters()), model, method=build_method("wsam", decoupled=False), **options)
