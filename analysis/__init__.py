@@ -1,20 +1,24 @@
-"""Whether a solution is flat, and whether a difference is more than noise. Nothing here trains."""
+"""Whether a solution is flat, and whether a difference is more than noise. Nothing here trains.
+
+A function that has its module's name is taken from there: ``from analysis.verdict import verdict``; so
+``analysis.verdict`` is the module.
+"""
 
 from analysis.arpack import eigsh
 from analysis.association import Association, associations
 from analysis.average import average_sharpness
 from analysis.builtin_metrics import PRIMARY
 from analysis.eigen import EigenPairs, eigenpairs, lambda_max
-from analysis.equivalence import Equivalence, equivalence
+from analysis.equivalence import Equivalence
 from analysis.estimate import EigenResult, Estimate, Interval, PairedComparison
 from analysis.fisher import EmpiricalFisherOperator, FisherOperator
 from analysis.flatness import relative_flatness
 from analysis.gauss_newton import GaussNewtonOperator
 from analysis.gradients import fisher_trace, gradient_norm
-from analysis.iso_sharpness import IsoSharpness, iso_sharpness
+from analysis.iso_sharpness import IsoSharpness
 from analysis.landscape import Slice, direction_between, gradient_direction, loss_slice, random_direction
 from analysis.low_rank_trace import hutch_pp, xtrace
-from analysis.mediation import Mediation, SignAgreement, mediation, sign_agreement
+from analysis.mediation import Mediation, SignAgreement, sign_agreement
 from analysis.metrics import (
     MetricContext,
     MetricInfo,
@@ -25,7 +29,7 @@ from analysis.metrics import (
     register_metric,
 )
 from analysis.operator import HessianOperator
-from analysis.reliability import PairedRuns, Reliability, paired_runs, reliability
+from analysis.reliability import PairedRuns, Reliability, paired_runs
 from analysis.sharpness import m_sharpness
 from analysis.spectrum import SpectralDensity, spectral_density
 from analysis.stats import (
@@ -39,7 +43,7 @@ from analysis.stats import (
     sign_flip_p,
 )
 from analysis.trace import Moments, moments, trace_breakdown
-from analysis.verdict import Verdict, verdict, verdicts
+from analysis.verdict import Verdict, verdicts
 
 __all__ = [
     "PRIMARY",
@@ -73,21 +77,18 @@ __all__ = [
     "effect_size",
     "eigenpairs",
     "eigsh",
-    "equivalence",
     "evaluate",
     "fisher_trace",
     "gradient_direction",
     "gradient_norm",
     "holm",
     "hutch_pp",
-    "iso_sharpness",
     "lambda_max",
     "list_metrics",
     "loss_slice",
     "m_sharpness",
     "mean_interval",
     "measurements",
-    "mediation",
     "metric_info",
     "min_sign_flip_p",
     "moments",
@@ -95,13 +96,11 @@ __all__ = [
     "random_direction",
     "register_metric",
     "relative_flatness",
-    "reliability",
     "seeds_needed",
     "sign_agreement",
     "sign_flip_p",
     "spectral_density",
     "trace_breakdown",
-    "verdict",
     "verdicts",
     "xtrace",
 ]

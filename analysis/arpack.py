@@ -13,7 +13,7 @@ from torch import Tensor
 from analysis.eigen import EigenPairs, ordinal
 from analysis.estimate import EigenResult
 from analysis.krylov import rounding_of
-from analysis.linear import SymmetricOperator, as_scipy
+from analysis.linear import SymmetricOperator, as_scipy, settings_of
 from masks.errors import InputError, unknown_name
 
 
@@ -49,6 +49,7 @@ def eigsh(
     if not 1 <= k < operator.dimension or not tol > 0:
         raise InputError(f"need 1 <= k < {operator.dimension}, the dimension, and tol > 0; got k={k} and tol={tol}")
     counted = _Counting(operator)
+    settings = {**settings_of(operator), "method": "ARPACK", "seed": seed, "max_products": max_products}
     start = torch.randn(operator.dimension, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     try:
         values, vectors = scipy_eigsh(
@@ -71,7 +72,9 @@ def eigsh(
         residual = float(torch.linalg.vector_norm(rest) / torch.linalg.vector_norm(v.double())) + rounding
         name = f"{ordinal(i + 1)}{end} eigenvalue of the {operator.name}"
         vector = v if keep_vectors else None
-        results.append(EigenResult(name, value, residual, counted.count, residual <= tol * abs(value), tol, vector))
+        converged = residual <= tol * abs(value)
+        n = int(settings.get("num_examples", 0))
+        results.append(EigenResult(name, value, residual, counted.count, converged, tol, vector, n, settings))
     found = tuple(results)
     return EigenPairs(
         largest=found if end == "largest" else (),

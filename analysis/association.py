@@ -23,14 +23,16 @@ Floats = NDArray[np.float64]
 Labels = NDArray[np.intp]
 
 CONTROLS = ("train_loss", "weight_norm", "rho")
+GAPS = {"gap_given": "train_error", "gap_clean": "train_error_clean"}
 
 
 @dataclass(frozen=True)
 class Association:
-    """One rank correlation of ``metric`` with the test error or the gap. Above 0: the sharper, the worse.
+    """One rank correlation of ``metric`` with the test error or a gap. Above 0: the sharper, the worse.
 
     Attributes:
-        target: "test_error", or "gap", test error minus train error.
+        target: "test_error"; "gap_given", test error minus train error on the labels as given, noise included; or
+            "gap_clean", minus train error on the labels before noise.
         coefficient: "kendall" (tau-b), "spearman", or "partial" (Spearman given the controls).
         scope: over all runs ("pooled"); the mean over groups of runs that share the seed ("within_seed") or the arm
             ("within_arm"); "granulated"; or the names of the controls.
@@ -65,7 +67,9 @@ def associations(
     resamples: int = 1999,
     seed: int = 0,
 ) -> tuple[Association, ...]:
-    """Rank correlations of each metric with the test error and, if there is a column ``train_error``, with the gap.
+    """Rank correlations of each metric with the test error and with the gaps for which there are columns.
+
+    "gap_given" needs ``train_error``; "gap_clean" is given where ``train_error_clean`` is another than that.
 
     Kendall's tau-b and Spearman's rho pooled, within seeds and within arms; tau granulated (Jiang et al. 2020,
     Fantastic generalization measures: the mean over the axes arm, rho and seed of the mean tau over groups in which
@@ -89,16 +93,18 @@ def associations(
     """
     if resamples < 99 or not 0 < confidence < 1:
         raise InputError(f"need resamples >= 99 and 0 < confidence < 1, got {resamples} and {confidence}")
-    has_gap = "train_error" in frame.columns
-    present = [c for c in controls if c in frame.columns and c != "rho"] + (["train_error"] if has_gap else [])
+    gaps = {gap: column for gap, column in GAPS.items() if column in frame.columns}
+    if len(gaps) == 2 and (frame["train_error"] == frame["train_error_clean"]).all():
+        del gaps["gap_clean"]
+    present = [c for c in controls if c in frame.columns and c != "rho"] + list(gaps.values())
     grid = run_grid(frame, list(dict.fromkeys(["test_error", *metrics, *present])))
     n, k = grid.values["test_error"].shape
     if n < 2:
         raise InputError("associations need at least 2 seeds")
     columns = {name: values.ravel() for name, values in grid.values.items()}
     columns["rho"] = np.tile([rho for _, rho in grid.cells], n)
-    if has_gap:
-        columns["gap"] = columns["test_error"] - columns["train_error"]
+    for gap, column in gaps.items():
+        columns[gap] = columns["test_error"] - columns[column]
     seeds, arms, radii = np.repeat(np.arange(n), k), np.tile([a for a, _ in grid.cells], n), columns["rho"]
     groups = {"pooled": np.zeros(n * k, dtype=np.intp), "within_seed": seeds, "within_arm": _labels(arms)}
     axes = (_labels(radii, seeds), _labels(arms, seeds), _labels(arms, radii))
@@ -107,7 +113,7 @@ def associations(
     held = [c for c in controls if c in columns and np.ptp(columns[c]) > 0]
     out: list[Association] = []
     for metric in metrics:
-        for target in ("test_error", "gap") if has_gap else ("test_error",):
+        for target in ("test_error", *gaps):
             x, y = columns[metric], columns[target]
             p = {
                 "within_seed": _permutation_p(x, y, seeds, seeds, resamples, rng),

@@ -22,7 +22,7 @@ from analysis.evaluation import (
     precision_of,
     whole_mask,
 )
-from analysis.examples import check_repeatable, data_digest
+from analysis.examples import check_function, data_digest
 from analysis.logits import chosen_loss
 from masks.context import Batch, LossFn, cross_entropy
 from masks.errors import InputError, unknown_name
@@ -105,7 +105,7 @@ def average_sharpness(
 
     rises = np.empty((len(batches), pairs))
     with evaluation_mode(model), torch.no_grad():
-        check_repeatable(model, place(batches[0], dtype, device), taken, dtype)
+        check_function(model, batches, taken)
         for i, given in enumerate(batches):
             batch = place(given, dtype, device)
             clean = _mean(losses(model, batch, taken, dtype, "at the given weights"))

@@ -6,15 +6,15 @@ import math
 from itertools import product
 
 from analysis.average import Noise, average_sharpness
-from analysis.eigen import lambda_max
+from analysis.eigen import eigenpairs
 from analysis.estimate import Estimate
-from analysis.evaluation import evaluation_mode, place, precision_of
-from analysis.examples import check_repeatable, data_digest
 from analysis.flatness import relative_flatness
+from analysis.gauss_newton import GaussNewtonOperator
 from analysis.gradients import Labels, fisher_trace, gradient_norm
 from analysis.metrics import Invariance, MetricContext, register_metric
-from analysis.operator import HessianOperator
+from analysis.operator import CurvatureOperator, HessianOperator
 from analysis.sharpness import Method, m_sharpness
+from analysis.trace import Moments, moments
 from sam.perturbation import Elementwise, Rule
 
 ADAPTIVE = Elementwise(0.0, "adaptive")
@@ -64,6 +64,7 @@ def _register_worst_case(method: Method, norm: str, adaptive: bool, normalised: 
         source=source,
         cost=cost,
         grid=_GRIDS[norm, adaptive],
+        convention=True,
         summary=f"worst-case m-sharpness, {what}, {norm}{', c = |w|' * adaptive}{', normalised logits' * normalised}",
     )
     def measure(context: MetricContext, rho: float) -> Estimate:
@@ -153,33 +154,95 @@ def _gradient_norm_adaptive(context: MetricContext) -> Estimate:
     return gradient_norm(context.model, context.batches, metric=ADAPTIVE, mask=context.mask, loss=context.loss)
 
 
+DEFLATED = 5
+"""Eigenpairs that the trace and its like are deflated by, or fewer for smaller models."""
+
+
+def _eigenvalue(context: MetricContext, operator: CurvatureOperator, k: int = 1) -> Estimate:
+    """The k-th largest eigenvalue; from the second on it is checked that none was passed over."""
+    found = eigenpairs(operator, k, seed=context.seed)
+    pair = found.largest[-1]
+    return Estimate(
+        name=pair.name,
+        value=pair.value,
+        standard_error=None,
+        n=pair.n,
+        settings={
+            **pair.settings,
+            "error_kind": "residual: an eigenvalue lies within value +- error",
+            "residual": pair.residual,
+            "num_products": found.num_products,
+            "converged": pair.converged,
+            "complete": found.complete,
+            "tol": pair.tol,
+        },
+    )
+
+
+def _hessian(context: MetricContext, *, scaled: bool = False) -> HessianOperator:
+    return HessianOperator(
+        context.model, context.batches, mask=context.mask, loss=context.loss, scale="abs" if scaled else None
+    )
+
+
 @register_metric("lambda_max", direction="sharper", source="Keskar et al. 2017, arXiv 1609.04836", cost=20.0)
 def _lambda_max(context: MetricContext) -> Estimate:
     """largest eigenvalue of the Hessian of the mean loss"""
-    dtype, device = precision_of(context.model)
-    with HessianOperator(context.model, context.batches, mask=context.mask, loss=context.loss) as operator:
-        with evaluation_mode(context.model):
-            check_repeatable(context.model, place(context.batches[0], dtype, device), context.loss, dtype)
-        found = lambda_max(operator, seed=context.seed)
-    return Estimate(
-        name=found.name,
-        value=found.value,
-        standard_error=None,
-        n=operator.num_examples,
-        settings={
-            "error_kind": "residual: an eigenvalue lies within value +- error",
-            "residual": found.residual,
-            "num_products": found.num_products,
-            "converged": found.converged,
-            "tol": found.tol,
-            "seed": context.seed,
-            "num_examples": operator.num_examples,
-            "data_digest": data_digest(context.batches),
-            "mask_digest": operator.mask.digest(),
-            "num_kept": operator.dimension,
-            "dtype": str(dtype).removeprefix("torch."),
-        },
-    )
+    with _hessian(context) as operator:
+        return _eigenvalue(context, operator)
+
+
+@register_metric("lambda_5", direction="sharper", source="Ghorbani et al. 2019, arXiv 1901.10159", cost=40.0)
+def _lambda_5(context: MetricContext) -> Estimate:
+    """fifth largest eigenvalue of the Hessian of the mean loss"""
+    with _hessian(context) as operator:
+        return _eigenvalue(context, operator, 5)
+
+
+@register_metric(
+    "lambda_max_adaptive",
+    direction="sharper",
+    invariances=("neuron_rescaling", "layer_rescaling"),
+    source="Kwon et al. 2021, arXiv 2102.11600",
+    cost=20.0,
+)
+def _lambda_max_adaptive(context: MetricContext) -> Estimate:
+    """largest eigenvalue of C H C, C = diag(|w|)"""
+    with _hessian(context, scaled=True) as operator:
+        return _eigenvalue(context, operator)
+
+
+@register_metric("lambda_max_gauss_newton", direction="sharper", source="Martens 2020, arXiv 1412.1193", cost=20.0)
+def _lambda_max_gauss_newton(context: MetricContext) -> Estimate:
+    """largest eigenvalue of the Gauss-Newton matrix of the mean loss"""
+    with GaussNewtonOperator(context.model, context.batches, mask=context.mask, loss=context.loss) as operator:
+        return _eigenvalue(context, operator)
+
+
+def _moments(context: MetricContext) -> Moments:
+    """Of the Hessian, with 20 probes, deflated by the Ritz vectors of the outermost eigenvalues."""
+    with _hessian(context) as operator:
+        k = min(DEFLATED, operator.dimension)
+        pairs = eigenpairs(operator, k, seed=context.seed, check=False, keep_vectors=True).largest
+        return moments(operator, seed=context.seed, deflate=pairs)
+
+
+@register_metric("trace", direction="sharper", source="Hutchinson 1990; Yao et al. 2020, arXiv 1912.07145", cost=70.0)
+def _trace(context: MetricContext) -> Estimate:
+    """trace of the Hessian of the mean loss, by Hutchinson's estimator, deflated"""
+    return _moments(context).trace
+
+
+@register_metric("frobenius_norm", direction="sharper", source="Hutchinson 1990", cost=70.0)
+def _frobenius_norm(context: MetricContext) -> Estimate:
+    """Frobenius norm of the Hessian of the mean loss: the root of the sum of its squared eigenvalues"""
+    return _moments(context).frobenius
+
+
+@register_metric("effective_rank", direction="sharper", source="(tr H)^2 / ||H||_F^2, as analysis.moments", cost=70.0)
+def _effective_rank(context: MetricContext) -> Estimate:
+    """effective rank of the Hessian of the mean loss: in how many directions it curves, not how much"""
+    return _moments(context).effective_rank
 
 
 @register_metric(

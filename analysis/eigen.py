@@ -13,7 +13,7 @@ from torch import Tensor
 
 from analysis.estimate import EigenResult
 from analysis.krylov import Lanczos
-from analysis.linear import SymmetricOperator
+from analysis.linear import SymmetricOperator, settings_of
 from masks.errors import InputError, unknown_name
 
 End = Literal["largest", "smallest", "both"]
@@ -148,6 +148,7 @@ class _Search:
     ) -> None:
         self._operator, self._k, self._signs, self._tol, self._max_products = operator, k, signs, tol, max_products
         self._generator = torch.Generator().manual_seed(seed)
+        self._settings = {**settings_of(operator), "method": "Lanczos", "seed": seed, "max_products": max_products}
         self._locked: list[_Pair] = []
         self.products = self.products_check = 0
         self.risk = 1.0
@@ -177,6 +178,8 @@ class _Search:
                 converged=pair.converged,
                 tol=self._tol,
                 vector=pair.vector if keep_vectors else None,
+                n=int(self._settings.get("num_examples", 0)),
+                settings=self._settings,
             )
             for i, pair in enumerate(self._ranked(sign)[: self._k])
         )

@@ -43,6 +43,8 @@ class EigenResult:
             value is exact up to rounding.
         tol: the tolerance asked for.
         vector: v, shape (dimension,), if it was asked for. Its sign is arbitrary.
+        n: number of examples that the operator is a mean over; 0 where it does not say.
+        settings: on which data, mask, statistics and precision, from which seed, in plain values.
     """
 
     name: str
@@ -52,6 +54,8 @@ class EigenResult:
     converged: bool
     tol: float
     vector: Tensor | None = field(default=None, compare=False, repr=False)
+    n: int = 0
+    settings: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True)

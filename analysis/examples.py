@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from analysis.evaluation import losses
+from analysis.evaluation import losses, place, precision_of
 from masks.context import Batch, LossFn
 from masks.errors import InputError
 
@@ -46,37 +50,83 @@ def joined(batches: Sequence[Batch]) -> Batch:
 def data_digest(batches: Sequence[Batch]) -> str:
     """Hex SHA-256 of the examples and their targets in order, however they are cut into batches."""
     digest = hashlib.sha256()
-    for tensor in joined(batches):
-        digest.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    for parts in zip(*batches, strict=True):
+        for (shape, dtype), alike in groupby(parts, key=lambda t: (tuple(t.shape[1:]), t.dtype)):
+            tensors = list(alike)
+            digest.update(f"{(sum(map(len, tensors)), *shape)} {dtype}".encode())
+            for tensor in tensors:
+                digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
-def check_repeatable(model: nn.Module, batch: Batch, loss: LossFn, dtype: torch.dtype) -> None:
-    """Refuse a model or loss that gives two passes over the same batch at the same weights different losses.
+def check_function(
+    model: nn.Module, batches: Sequence[Batch], loss: LossFn, *, batch_statistics: bool = False
+) -> tuple[Tensor, ...]:
+    """Refuse a model or loss whose value is not one fixed function of the weights, computed in their precision.
 
-    Random augmentation inside the model and dropout that ignores the evaluation mode are found here, whatever
-    they draw from; differences of rounding (sums in another order on accelerators) pass.
+    Two passes without gradients over all batches, 2/3 of the work of one gradient. They find random augmentation inside
+    the model and dropout that ignores the evaluation mode, whatever they draw from (differences of rounding, sums in
+    another order on accelerators, pass), half precision anywhere inside, also where it is cast back, and BatchNorm that
+    normalizes by the batch in evaluation mode.
 
     Args:
         model: the model, in :func:`analysis.evaluation.evaluation_mode`.
-        batch: inputs and targets, placed.
+        batches: the data, moved to the model's device and precision.
         loss: per-example loss.
-        dtype: of the parameters.
+        batch_statistics: normalization by the batch was asked for.
+
+    Returns:
+        The losses of each batch, float64.
 
     Raises:
-        InputError: the losses differ by more than rounding; or as :func:`analysis.evaluation.losses`.
+        InputError: two passes whose losses differ by more than rounding, half precision, batch statistics that were not
+            asked for; or as :func:`analysis.evaluation.losses`.
     """
-    with torch.no_grad():
-        first, second = (losses(model, batch, loss, dtype, "at the given weights").double() for _ in range(2))
-    differ = (first - second).abs() > _TOLERANCE[dtype] * (1 + first.abs())
-    if bool(differ.any()):
-        i = int((first - second).abs().argmax())
-        raise InputError(
-            f"data that differ between passes: {int(differ.sum())} of {len(first)} examples have another loss in a "
-            f"second pass at the same weights (example {i}: {float(first[i]):.6g}, then {float(second[i]):.6g}); turn "
-            "off random augmentation inside the model and dropout that stays on in evaluation mode"
-        )
+    dtype, device = precision_of(model)
+    if not batch_statistics:
+        _check_statistics(model)
+    out = []
+    for i, given in enumerate(batches):
+        batch = place(given, dtype, device)
+        with torch.no_grad():
+            with _NoHalfPrecision():  # type: ignore[no-untyped-call]
+                first = losses(model, batch, loss, dtype, "at the given weights").double()
+            second = losses(model, batch, loss, dtype, "at the given weights").double()
+        differ = (first - second).abs() > _TOLERANCE[dtype] * (1 + first.abs())
+        if bool(differ.any()):
+            j = int((first - second).abs().argmax())
+            raise InputError(
+                f"data that differ between passes: {int(differ.sum())} of {len(first)} examples of batch {i} have "
+                f"another loss in a second pass at the same weights (example {j}: {float(first[j]):.6g}, then "
+                f"{float(second[j]):.6g}); turn off random augmentation inside the model and dropout that stays on in "
+                "evaluation mode"
+            )
+        out.append(first)
+    return tuple(out)
 
 
 _TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
+
+
+def _check_statistics(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and module.running_mean is None:
+            raise InputError(
+                f"{name or 'the model'} ({type(module).__name__}) keeps no running statistics: it normalizes by the "
+                "batch in evaluation mode too, so that values depend on how the data are cut; only the curvature "
+                'operators measure that, with statistics="batch"'
+            )
+
+
+class _NoHalfPrecision(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Raises at the first operation that yields half precision, below autocast and autograd."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for value in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16):
+                raise InputError(
+                    f"{str(value.dtype).removeprefix('torch.')} inside the model or the loss (operation {func}): "
+                    "sharpness and curvature need float32 or float64 throughout; turn autocast inside the model off"
+                )
+        return out

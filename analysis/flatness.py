@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from analysis.estimate import Estimate
-from analysis.evaluation import check_batches, describe_loss, evaluation_mode, place, precision_of
-from analysis.examples import check_repeatable, data_digest
+from analysis.evaluation import check_batches, describe_loss, precision_of
+from analysis.examples import data_digest
 from analysis.operator import HessianOperator
 from masks.context import Batch, LossFn, cross_entropy
 from masks.errors import InputError
@@ -61,8 +61,6 @@ def relative_flatness(
     weight = table.tensors(model)[index].detach().flatten(1)
     batches = check_batches(batches)
     dtype, device = precision_of(model)
-    with evaluation_mode(model):
-        check_repeatable(model, place(batches[0], dtype, device), loss, dtype)
     generator = torch.Generator().manual_seed(seed)
     width = weight.shape[1]
     values: list[float] = []

@@ -22,7 +22,7 @@ from analysis.evaluation import (
     precision_of,
     whole_mask,
 )
-from analysis.examples import check_repeatable, data_digest
+from analysis.examples import check_function, data_digest
 from masks.context import Batch, LossFn, cross_entropy
 from masks.errors import InputError, unknown_name
 from masks.mask import Mask
@@ -84,7 +84,7 @@ def mean_gradient(model: nn.Module, batches: Sequence[Batch], region: Region, lo
     total = [torch.zeros_like(p) for p in region.params]
     count = sum(len(x) for x, _ in batches)
     with evaluation_mode(model):
-        check_repeatable(model, place(batches[0], dtype, device), loss, dtype)
+        check_function(model, batches, loss)
         for given in batches:
             values = losses(model, place(given, dtype, device), loss, dtype, "at the given weights")
             _check_depends(values)
@@ -131,7 +131,7 @@ def fisher_trace(
     size = max(1, _CHUNK_BYTES // sum(p.numel() * p.element_size() for p in region.params))
     squares: list[Tensor] = []
     with evaluation_mode(model):
-        check_repeatable(model, place(batches[0], dtype, device), loss, dtype)
+        check_function(model, batches, loss)
         for given in batches:
             x, y = place(given, dtype, device)
             y = y if labels == "data" else _sampled_labels(model, x, generator)

@@ -25,7 +25,7 @@ from analysis.evaluation import (
     precision_of,
     whole_mask,
 )
-from analysis.examples import check_repeatable, data_digest
+from analysis.examples import check_function, data_digest
 from analysis.gradients import mean_gradient
 from masks.context import Batch, LossFn, cross_entropy
 from masks.errors import InputError, unknown_name
@@ -206,7 +206,7 @@ def loss_slice(
             return _mean_loss(moved, batches, loss, dtype, where)
 
     with evaluation_mode(model), torch.no_grad():
-        check_repeatable(model, batches[0], loss, dtype)
+        check_function(model, batches, loss)
         if len(points) == 1:
             values: Any = tuple(at(a) for a in points[0])
         else:

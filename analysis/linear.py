@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,6 +24,12 @@ class SymmetricOperator(Protocol):
     device: torch.device
 
     def matvec(self, vector: Tensor) -> Tensor: ...
+
+
+def settings_of(operator: SymmetricOperator) -> Mapping[str, Any]:
+    """What the operator says of itself (:attr:`analysis.operator.CurvatureOperator.settings`); else nothing."""
+    found: Mapping[str, Any] = getattr(operator, "settings", {})
+    return found
 
 
 def as_scipy(operator: SymmetricOperator) -> LinearOperator:

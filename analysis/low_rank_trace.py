@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from analysis.estimate import Estimate
-from analysis.linear import SymmetricOperator
+from analysis.linear import SymmetricOperator, settings_of
 from analysis.trace import rademacher
 from masks.errors import InputError
 
@@ -139,5 +138,5 @@ def _multiply(operator: SymmetricOperator, columns: Tensor) -> Tensor:
 def _estimate(
     operator: SymmetricOperator, method: str, value: float, error: float | None, n: int, num_products: int, seed: int
 ) -> Estimate:
-    settings: dict[str, Any] = {"method": method, "num_products": num_products, "seed": seed}
+    settings = {**settings_of(operator), "method": method, "num_products": num_products, "seed": seed}
     return Estimate(f"trace of the {operator.name}", value, error, n, settings)

@@ -60,9 +60,11 @@ class MetricInfo:
             divided by k; "layer_rescaling": the same with one k for all neurons of a layer; "logit_scale": the last
             layer times k > 0. Biases that take no part in it excepted.
         source: where it is defined.
-        cost: about how many gradients (forward and backward) of all data one value takes.
+        cost: about how many gradients (forward and backward) of all data one value takes; the check that two passes
+            agree (:func:`analysis.examples.check_function`) comes on top with 2/3 of one.
         grid: its radii, ascending; empty for a metric without a radius.
         masked: whether it can be restricted to a mask.
+        convention: whether the radius convention of a mask enters it.
         summary: one line.
     """
 
@@ -73,6 +75,7 @@ class MetricInfo:
     cost: float
     grid: tuple[float, ...]
     masked: bool
+    convention: bool
     summary: str
 
     @property
@@ -94,6 +97,7 @@ def register_metric(
     cost: float,
     grid: Sequence[float] = (),
     masked: bool = True,
+    convention: bool = False,
     summary: str | None = None,
 ) -> Callable[[MetricFn], MetricFn]:
     """Register a metric; usable as a decorator.
@@ -102,7 +106,7 @@ def register_metric(
 
     Args:
         name: without "@" and ",".
-        direction, invariances, source, cost, grid, masked: see :class:`MetricInfo`.
+        direction, invariances, source, cost, grid, masked, convention: see :class:`MetricInfo`.
         summary: one line; None for the first line of the function's docstring.
 
     Raises:
@@ -124,7 +128,8 @@ def register_metric(
         if name in _metrics:
             raise InputError(f"metric {name!r} is already registered")
         text = summary if summary is not None else next(iter((fn.__doc__ or name).strip().splitlines()))
-        _metrics[name] = MetricInfo(name, direction, tuple(invariances), source, cost, radii, masked, text), fn
+        info = MetricInfo(name, direction, tuple(invariances), source, cost, radii, masked, convention, text)
+        _metrics[name] = info, fn
         return fn
 
     return decorate

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from types import TracebackType
-from typing import Literal, Protocol, Self
+from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ from analysis.evaluation import (
     precision_of,
     whole_mask,
 )
+from analysis.examples import check_function, data_digest
 from analysis.linear import as_scipy
 from analysis.watch import Watch
 from masks.context import Batch, LossFn, cross_entropy
@@ -60,6 +62,9 @@ class CurvatureOperator(ABC):
     A vector is a flat tensor of shape (``dimension``,) over the kept coordinates: tensors in table order,
     inside a tensor in C order. :meth:`unflatten` turns one into full tensors.
 
+    That the loss is a fixed function of the weights in their precision is checked once, by two passes over the data
+    without gradients (:func:`analysis.examples.check_function`), 2/3 of the work of one gradient.
+
     A mask of whole tensors restricts differentiation to these tensors, which saves work; inside a tensor that is
     kept in part the product is computed in full and cut.
 
@@ -86,7 +91,9 @@ class CurvatureOperator(ABC):
 
     Raises:
         InputError: empty mask, parameters in mixed or low precision, data that are no batches, a loss that
-            is not finite, is not per example or does not depend on the weights, an unknown option.
+            is not finite, is not per example or does not depend on the weights, losses that differ between two passes,
+            half precision inside the model, BatchNorm without running statistics unless ``statistics="batch"``, an
+            unknown option.
         MaskError: the mask is of another model.
     """
 
@@ -133,8 +140,11 @@ class CurvatureOperator(ABC):
         self._scale = None if scale is None else self._coordinates.flatten(self._coordinates.params).detach().abs()
         self._closed = False
         self._watch = Watch(model, given, type(self).__name__)
+        self._given = given
         with self._mode():
             self._graphs = self._retained(retain, memory_budget)
+        with self._mode(), self._explained("one of the batches"):
+            check_function(self._model, self._batches, loss, batch_statistics=statistics == "batch")
 
     @property
     def dimension(self) -> int:
@@ -154,6 +164,22 @@ class CurvatureOperator(ABC):
             f"{matrix} of the mean loss over {self.num_examples} examples, {describe_mask(self.mask)}, "
             f"{STATISTICS[self._statistics]}, {str(self.dtype).removeprefix('torch.')}{describe_loss(self._loss)}"
         )
+
+    @cached_property
+    def settings(self) -> Mapping[str, Any]:
+        """What a number from this operator was computed on and how, in plain values."""
+        cut = {"batch_sizes": [len(x) for x, _ in self._batches]} if self._statistics == "batch" else {}
+        return {
+            "matrix": self.matrix,
+            "scale": None if self._scale is None else "abs",
+            "statistics": self._statistics,
+            **cut,
+            "num_examples": self.num_examples,
+            "data_digest": data_digest(self._given),
+            "mask_digest": self.mask.digest(),
+            "num_kept": self.dimension,
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name})"
@@ -223,15 +249,21 @@ class CurvatureOperator(ABC):
 
     def _losses(self, i: int, loss: LossFn) -> Tensor:
         """The losses of batch i, shape (B,), with their graph."""
-        try:
+        with self._explained(f"batch {i}"):
             values = losses(self._model, self._batches[i], loss, self.dtype, "at the given weights")
-        except ValueError as error:
-            if self._statistics == "batch" and not isinstance(error, InputError):
-                raise InputError(f"batch {i} has no statistics: {error}") from error
-            raise
         if not values.requires_grad:
             raise InputError("the loss does not depend on any trainable parameter (a forward pass without gradients?)")
         return values
+
+    @contextmanager
+    def _explained(self, which: str) -> Iterator[None]:
+        """Layers refuse a batch that is too small to have statistics with an error of their own."""
+        try:
+            yield
+        except ValueError as error:
+            if self._statistics == "batch" and not isinstance(error, InputError):
+                raise InputError(f"{which} has no statistics: {error}") from error
+            raise
 
     @contextmanager
     def _mode(self) -> Iterator[None]:

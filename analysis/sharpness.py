@@ -11,8 +11,8 @@ from torch import nn
 
 from analysis.ascent import Ball
 from analysis.estimate import Estimate
-from analysis.evaluation import check_batches, check_mask, describe_mask, evaluation_mode, place, whole_mask
-from analysis.examples import check_repeatable, data_digest, micro_batches
+from analysis.evaluation import check_batches, check_mask, describe_mask, evaluation_mode, whole_mask
+from analysis.examples import check_function, data_digest, micro_batches
 from analysis.logits import chosen_loss
 from analysis.radius import Radius, masked_radius
 from masks.context import Batch, LossFn, cross_entropy
@@ -94,7 +94,7 @@ def m_sharpness(
     taken, loss_name = chosen_loss(loss, normalise_logits)
     ball = Ball.at_weights(model, taken, Region(mask, model), rule, used)
     with evaluation_mode(model):
-        check_repeatable(model, place(parts[0], ball.dtype, ball.device), taken, ball.dtype)
+        check_function(model, parts, taken)
         if method == "one_step":
             rises = [ball.one_step(part) for part in parts]
         elif method == "pgd":

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,7 +13,7 @@ from numpy.typing import ArrayLike
 
 from analysis.estimate import Estimate
 from analysis.krylov import Floats, Lanczos
-from analysis.linear import SymmetricOperator
+from analysis.linear import SymmetricOperator, settings_of
 from analysis.trace import rademacher
 from masks.errors import InputError
 
@@ -27,6 +29,7 @@ class SpectralDensity:
         num_products: with the operator, all together.
         dimension: P.
         seed: of the vectors.
+        settings: of the operator: data, mask, statistics, precision.
     """
 
     name: str
@@ -35,6 +38,7 @@ class SpectralDensity:
     num_products: int
     dimension: int
     seed: int
+    settings: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def moment(self, power: int) -> Estimate:
         """The mean over eigenvalues of ``lambda^power``, ``tr(A^power) / P``, with its standard error over the vectors.
@@ -84,6 +88,7 @@ class SpectralDensity:
         n = len(samples)
         error = float(samples.std(ddof=1)) / math.sqrt(n) if n > 1 else None
         settings = {
+            **self.settings,
             "method": "stochastic Lanczos quadrature",
             "num_products": self.num_products,
             "num_steps": max(map(len, self.nodes)),
@@ -130,4 +135,5 @@ def spectral_density(
         num_products=sum(map(len, nodes)),
         dimension=operator.dimension,
         seed=seed,
+        settings=settings_of(operator),
     )

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from analysis.estimate import EigenResult, Estimate
-from analysis.linear import SymmetricOperator
+from analysis.linear import SymmetricOperator, settings_of
 from analysis.operator import CurvatureOperator
 from masks.errors import InputError, unknown_name
 from masks.params import ParamRow
@@ -113,7 +113,7 @@ def moments(
         product = rest.product(z)
         traces[j] = known + float(torch.dot(z, product))
         squares[j] = rest.squares + float(torch.dot(product, product))
-    settings = {"method": "Hutchinson", "num_products": num_probes, "seed": seed, "num_deflated": len(deflate)}
+    settings = _settings(operator, num_probes, seed, deflate)
     norm = math.sqrt(squares.mean())
     square_error = _standard_error(squares)
     norm_error = square_error / (2 * norm) if square_error is not None and norm else square_error
@@ -164,11 +164,18 @@ def trace_breakdown(
     samples = np.empty((_checked(num_probes), len(names)))
     for j, z in enumerate(_probes(operator, num_probes, seed)):
         samples[j] = known + sums(z * rest.product(z))
-    settings = {"method": "Hutchinson", "num_products": num_probes, "seed": seed, "num_deflated": len(deflate)}
+    settings = _settings(operator, num_probes, seed, deflate)
     return {
         name: _mean(f"part of {by} {name!r} in the trace of the {operator.name}", samples[:, b], {**settings, "by": by})
         for b, name in enumerate(names)
     }
+
+
+def _settings(
+    operator: SymmetricOperator, num_probes: int, seed: int, deflate: Sequence[EigenResult]
+) -> dict[str, Any]:
+    how = {"method": "Hutchinson", "num_products": num_probes, "seed": seed, "num_deflated": len(deflate)}
+    return {**settings_of(operator), "error_kind": "Monte-Carlo standard error", **how}
 
 
 def _product(operator: SymmetricOperator, z: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -15,8 +16,8 @@ from tqdm import tqdm
 
 from analysis import PRIMARY
 from analysis.evaluation import evaluation_mode, place, precision_of
-from analysis.examples import check_repeatable
-from analysis.metrics import resolve
+from analysis.examples import check_function
+from analysis.metrics import MetricInfo, list_metrics, metric_info, resolve
 from experiments.build import (
     batches_of,
     budget_of,
@@ -29,30 +30,40 @@ from experiments.build import (
 )
 from experiments.checkpoint import read_weights
 from experiments.config import RunConfig
+from experiments.data import ImageSet
 from experiments.measure import listed, results
-from experiments.record import code_digest, content_digests, file_digest, finite, write_text
+from experiments.record import RunRecord, code_digest, content_digests, file_digest, finite, write_text
 from experiments.split import Split
+from experiments.store import CHECKPOINT, RESULT, read_run
 from masks import Batch, Mask, MaskContext, MaskSpec, cross_entropy
 from masks.errors import InputError
 
 SCHEMA = "sam-masks/analysis/1"
 DEFAULT_METRICS = (PRIMARY, "one_step_l2@middle", "lambda_max", "gradient_norm", "fisher_trace_empirical")
+LIST = "list"
 _BATCH = 256
+_FROM_RECORD = ("data", "n_train", "n_val", "n_test", "label_noise", "width", "seed", "trainable", "tuning")
+"""What the record beside a checkpoint says where the options do not: the images, and what of the model was trained."""
 
 
 @dataclass(frozen=True)
 class AnalyzeOptions:
     """What is measured, on which model and which images.
 
+    A checkpoint that train wrote has its record beside it, from which the images are taken where they are not given.
+
     Args:
         model: resnet_small, vit_small, mlp, torchvision:NAME or module:function of your own.
         checkpoint: file with the weights (a state dict, or one that train wrote).
-        data: digits, a torchvision image set by name, folder:DIR or npz:FILE.
-        width: width of a built-in model (default: its own).
-        n_train: number of training images (default: as in train).
-        n_val: number of validation images (default: as in train).
-        n_test: number of test images (default: as in train).
-        label_noise: share of training labels redrawn at random (default: as in train).
+        data: digits, a torchvision image set by name, folder:DIR or npz:FILE (default: as in the record).
+        standardise: what the model's inputs are, split (standardised by the training images, as train does), none
+            (pixels from 0 to 1) or MEAN,STD, one number each or one per channel as 0.5+0.5+0.5,0.2+0.2+0.2 (default:
+            split, with a warning where there is no record).
+        width: width of a built-in model (default: as in the record, else its own).
+        n_train: number of training images (default: as in the record, else as in train).
+        n_val: number of validation images (default: likewise).
+        n_test: number of test images (default: likewise).
+        label_noise: share of training labels redrawn at random (default: as in the record, else 0).
         labels: training labels to measure on, as given (noisy ones included) or clean.
         images: training images to measure on, drawn with the seed; all where there are fewer.
         m: micro-batch size of worst-case sharpness; an incomplete last micro-batch is dropped.
@@ -60,8 +71,10 @@ class AnalyzeOptions:
         match: a budgeted mask keeps as many coordinates as this mask of natural size.
         density: a budgeted mask keeps this fraction instead of matching.
         radius: what one radius means for a mask: the same, equal root mean square, or equal relative size.
-        metrics: names separated by commas; name@RHO for one radius, name for its whole grid (default: a fast set).
-        seed: seed of the run whose training images are taken, and of everything random.
+        metrics: names separated by commas; name@RHO for one radius, name for its whole grid (default: a fast set);
+            list prints all of them.
+        seed: seed of the run whose training images are taken, and of everything random (default: as in the record, else
+            0).
         device: auto, cpu, cuda or cuda:N.
         plugin: modules to import for their masks and metrics, separated by commas.
         out: file that keeps every result as soon as it is there; the same command goes on from it, also with other
@@ -70,9 +83,10 @@ class AnalyzeOptions:
         json: print a list of objects.
     """
 
-    model: str
-    checkpoint: str
-    data: str
+    model: str = ""
+    checkpoint: str = ""
+    data: str | None = None
+    standardise: str | None = None
     width: int | None = None
     n_train: int | None = None
     n_val: int | None = None
@@ -86,7 +100,7 @@ class AnalyzeOptions:
     density: float | None = None
     radius: Literal["same", "rms", "relative"] = "same"
     metrics: str | None = None
-    seed: int = 0
+    seed: int | None = None
     device: str = "auto"
     plugin: str | None = None
     out: str | None = None
@@ -94,36 +108,59 @@ class AnalyzeOptions:
     json: bool = False
 
     def __post_init__(self) -> None:
+        missing = [f"--{name}" for name in ("model", "checkpoint") if not getattr(self, name)]
+        if missing and self.metrics != LIST:
+            raise InputError(f"missing: {', '.join(missing)}")
         if self.images < 1 or self.m < 1:
             raise InputError(f"images and m must be at least 1, got images={self.images} and m={self.m}")
         if self.labels not in ("given", "clean"):
             raise InputError(f"labels must be given or clean, got {self.labels!r}")
 
-    def run_config(self) -> RunConfig:
-        """The run whose model, images and mask these are."""
+    def run_config(self, record: RunRecord | None = None) -> RunConfig:
+        """The run whose model, images and mask these are.
+
+        Raises:
+            InputError: neither the options nor a record say which data.
+        """
+        given = {name: getattr(self, name, None) for name in _FROM_RECORD}
+        known: dict[str, Any] = {"label_noise": 0.0, "seed": 0}
+        if record is not None:
+            known = {name: record.config[name] for name in _FROM_RECORD}
+        if record is not None and record.config["model"] != self.model:
+            known["width"] = None
+        settings = known | {name: value for name, value in given.items() if value is not None}
+        if "data" not in settings:
+            raise InputError(f"missing: --data (there is no record of train beside {self.checkpoint} that names it)")
         return RunConfig(
-            data=self.data,
-            n_train=self.n_train,
-            n_val=self.n_val,
-            n_test=self.n_test,
-            label_noise=self.label_noise,
-            model=self.model,
-            width=self.width,
-            mask=self.mask or "all",
-            match=self.match,
-            density=self.density,
-            seed=self.seed,
+            model=self.model, mask=self.mask or "all", match=self.match, density=self.density, **settings
         ).resolved()
 
 
+def record_beside(checkpoint: Path) -> RunRecord | None:
+    """The record that train wrote beside its checkpoint; None where there is none.
+
+    Raises:
+        InputError: there is one and it cannot be read.
+    """
+    if checkpoint.name != CHECKPOINT or not (checkpoint.parent / RESULT).exists():
+        return None
+    return read_run(checkpoint.parent)
+
+
 def analyze(
-    options: AnalyzeOptions, *, on_result: Callable[[dict[str, Any]], None] | None = None, quiet: bool = True
+    options: AnalyzeOptions,
+    *,
+    on_result: Callable[[dict[str, Any]], None] | None = None,
+    on_note: Callable[[str], None] | None = None,
+    quiet: bool = True,
 ) -> list[dict[str, Any]]:
     """Measure the metrics on the checkpoint.
 
     Args:
         options: what to measure.
         on_result: called with every object as soon as it is there, so that nothing is lost on interruption.
+        on_note: called with every line that a reader must see before the numbers: what was assumed, what differs from
+            the record, and how well the model fits the images measured on. They also stand in the results' settings.
         quiet: no progress bar.
 
     Returns:
@@ -134,34 +171,53 @@ def analyze(
             ``out`` holds the results of something else, or not one metric could be measured.
     """
     names = resolve(listed(options.metrics) or DEFAULT_METRICS)
-    config, device = options.run_config(), pick_device(options.device)
-    data = load_cached(options.data)
+    record = record_beside(Path(options.checkpoint))
+    config, device = options.run_config(record), pick_device(options.device)
     weights = read_weights(Path(options.checkpoint))
+    data = load_cached(config.data)
     model = initial_model(config, data)
     _check_precision(model, weights)
     load_weights(model, weights)
     model.to(device)
-    split = split_of(config, data)
-    batches = _batches(split, options, device)
-    _check_loss(model, batches)
+    split, standard = _standardised(split_of(config, data), data, options.standardise)
+    if options.labels == "clean":
+        split = replace(split, train_y=split.train_y_clean)
+    batches = batches_of(*sample_of(split, options.images, config.seed, device), _BATCH)
+    fit = _fit(model, batches)
     mask = _mask(options, config, model, batches)
     content = content_digests([options.mask] if options.mask else [], config, data.digest)
     content |= {"checkpoint": file_digest(Path(options.checkpoint)), "device": device.type}
+    noise = f"{100 * (config.label_noise or 0):g} % redrawn at random"
+    labels = f"labels as given ({noise})" if options.labels == "given" else "clean labels"
+    notes = _warnings(options, config, record, names)
+    first = (
+        f"mean loss {fit['mean_loss']:.4g}, accuracy {100 * fit['accuracy']:.1f} % on {fit['images']} training images "
+        f"of {config.data}, {labels}, inputs {standard['inputs']}"
+    )
+    for note in (*(f"warning: {note}" for note in notes), first):
+        if on_note is not None:
+            on_note(note)
     shared = {
         "model": options.model,
         "checkpoint": options.checkpoint,
         "checkpoint_digest": content["checkpoint"],
-        "data": options.data,
+        "record": None if record is None else record.run_id,
+        "data": config.data,
         "labels": options.labels,
         "label_noise": config.label_noise,
-        "sample_seed": options.seed,
+        "sample_seed": config.seed,
         "mask": str(MaskSpec.parse(options.mask)) if options.mask else None,
+        **standard,
+        **fit,
+        "notes": notes,
     }
-    kept = _Kept(options, content)
-    settings = {"m": options.m, "radius": options.radius, "seed": options.seed}
+    kept = _Kept(replace(options, **{n: getattr(config, n) for n in _FROM_RECORD if hasattr(options, n)}), content)
+    settings = {"m": options.m, "radius": options.radius, "seed": config.seed}
     out: list[dict[str, Any]] = []
     with tqdm(total=len(names), unit="metric", disable=quiet, dynamic_ncols=True, desc=names[0]) as bar:
         for result in results(model, batches, names, shared=shared, known=kept.results, mask=mask, **settings):
+            if result["metric"] not in kept.results and result["value"] is not None:
+                result["settings"]["name"] += f", {labels}"
             out.append(finite(result))
             kept.add(out[-1])
             if on_result is not None:
@@ -171,6 +227,96 @@ def analyze(
     if all(result["value"] is None for result in out):
         raise InputError(out[0]["settings"]["reason"])
     return out
+
+
+def _warnings(options: AnalyzeOptions, config: RunConfig, record: RunRecord | None, names: Sequence[str]) -> list[str]:
+    """One line for each thing that may be other than the user thinks."""
+    out = []
+    if record is None and options.standardise is None:
+        out.append(
+            "no record of train beside the checkpoint: inputs are standardised by the training split; if the model was "
+            "trained on others, say so with --standardise none or MEAN,STD"
+        )
+    if record is not None:
+        own = {name: getattr(config, name) for name in ("model", *_FROM_RECORD)}
+        other = [f"{n} {record.config[n]} (here {own[n]})" for n in own if record.config[n] != own[n]]
+        if options.standardise not in (None, "split"):
+            other.append(f"inputs standardised by the training split (here {options.standardise})")
+        if other:
+            out.append(f"the checkpoint's record says another {', '.join(other)}")
+    if options.radius != "same":
+        ignore = [n for n in dict.fromkeys(name.partition("@")[0] for name in names) if not metric_info(n).convention]
+        if ignore:
+            out.append(f"radius {options.radius} has no effect on {', '.join(ignore)}")
+    return out
+
+
+def _standardised(split: Split, data: ImageSet, how: str | None) -> tuple[Split, dict[str, Any]]:
+    """The split with its training images as the model takes them, and what was subtracted and divided by.
+
+    Raises:
+        InputError: neither split, none, nor finite numbers for each channel, the second ones positive.
+    """
+    channels = len(split.mean)
+    if how in (None, "split"):
+        mean, std = split.mean.tolist(), split.std.tolist()
+        return split, {"standardise": "split", "inputs": "standardised by the training split", "mean": mean, "std": std}
+    if how == "none":
+        pixels = data.x[split.train_index]
+        return replace(split, train_x=pixels), {
+            "standardise": "none", "inputs": "pixels from 0 to 1", "mean": [0.0] * channels, "std": [1.0] * channels
+        }  # fmt: skip
+    try:
+        mean, std = ([float(number) for number in part.split("+")] for part in str(how).split(","))
+    except ValueError:
+        mean, std = [], []
+    mean, std = (part * channels if len(part) == 1 else part for part in (mean, std))
+    fine = len(mean) == len(std) == channels and all(map(math.isfinite, mean + std)) and min(std) > 0
+    if not fine:
+        raise InputError(
+            f"standardise must be split, none or MEAN,STD with one number each or {channels} for the channels, joined "
+            f"by +, every STD positive; got {how!r}"
+        )
+    shift, scale = (torch.tensor(part)[:, None, None] for part in (mean, std))
+    text = f"pixels minus {'+'.join(f'{v:g}' for v in mean)} over {'+'.join(f'{v:g}' for v in std)}"
+    moved = (data.x[split.train_index] - shift) / scale
+    return replace(split, train_x=moved), {"standardise": str(how), "inputs": text, "mean": mean, "std": std}
+
+
+def _fit(model: nn.Module, batches: Sequence[Batch]) -> dict[str, Any]:
+    """Mean loss and accuracy on the images measured on; refuses what no metric can be measured on.
+
+    Raises:
+        InputError: parameters that are not float32 or float64, or as :func:`analysis.examples.check_function`.
+    """
+    dtype, device = precision_of(model)
+    right = 0
+    with evaluation_mode(model):
+        losses = torch.cat(check_function(model, batches, cross_entropy))
+        with torch.no_grad():
+            for x, y in (place(batch, dtype, device) for batch in batches):
+                right += int((model(x).argmax(1) == y).sum())
+    return {"mean_loss": float(losses.mean()), "accuracy": right / len(losses), "images": len(losses)}
+
+
+def describe_metrics(*, as_json: bool) -> str:
+    """All registered metrics: name, radii, cost in gradients of all images, invariances, source."""
+    infos = list_metrics()
+    if as_json:
+        return json.dumps([asdict(info) for info in infos], indent=1)
+    return "\n".join(f"{info.name}\n  {info.summary}\n  {_facts(info)}" for info in infos)
+
+
+def _facts(info: MetricInfo) -> str:
+    facts = [
+        f"larger is {info.direction}",
+        f"about {info.cost:g} gradients",
+        f"radii {', '.join(f'{rho:g}' for rho in info.grid)}" if info.grid else "no radius",
+        f"invariant to {', '.join(info.invariances).replace('_', ' ')}" if info.invariances else "no invariance",
+        *([] if info.masked else ["whole model only"]),
+        info.source,
+    ]
+    return "; ".join(facts)
 
 
 class _Kept:
@@ -225,19 +371,6 @@ class _Kept:
             raise InputError(f"cannot write {self._path}: {error.strerror or error}") from None
 
 
-def _check_loss(model: nn.Module, batches: Sequence[Batch]) -> None:
-    """Refuse, before anything is measured, what no metric can be measured on.
-
-    Raises:
-        InputError: parameters that are not float32 or float64, a loss that is not finite, or that a second pass over
-            the same data does not repeat.
-    """
-    dtype, device = precision_of(model)
-    with evaluation_mode(model):
-        for batch in batches:
-            check_repeatable(model, place(batch, dtype, device), cross_entropy, dtype)
-
-
 def _check_precision(model: nn.Module, weights: dict[str, Tensor]) -> None:
     """Refuse weights that would be rounded or widened without a word.
 
@@ -260,17 +393,11 @@ def as_text(result: dict[str, Any]) -> str:
     return f"{result['metric']}: {result['value']:.5g}{error} (n={result['n']}; {result['settings']['name']})"
 
 
-def _batches(split: Split, options: AnalyzeOptions, device: torch.device) -> list[Batch]:
-    if options.labels == "clean":
-        split = replace(split, train_y=split.train_y_clean)
-    return batches_of(*sample_of(split, options.images, options.seed, device), _BATCH)
-
-
 def _mask(options: AnalyzeOptions, config: RunConfig, model: nn.Module, batches: Sequence[Batch]) -> Mask | None:
     if options.mask is None:
         return None
     spec = MaskSpec.parse(options.mask)
-    context = MaskContext(model, batches=batches, seed=options.seed, built_at="checkpoint")
+    context = MaskContext(model, batches=batches, seed=config.seed, built_at="checkpoint")
     mask = spec.build(context, budget_of(config, spec, model))
     if not mask.num_kept:
         raise InputError(f"mask {options.mask} keeps no coordinate of {options.model}: there is nothing to measure")

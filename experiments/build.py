@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from experiments.config import RunConfig
 from experiments.data import ImageSet, load_data
 from experiments.models import build_model, check_model
+from experiments.schedule import OptimizerSpec
 from experiments.seeds import derive_seed
 from experiments.split import Split, make_split
 from masks import Budget, Mask, MaskContext, MaskError, MaskSpec, ParamTable
 from masks.errors import InputError
+from sam import Method, MethodSpec
+from sam.mup import MupOptimizer, mup_init_, mup_param_groups
 
 
 @lru_cache(maxsize=4)
@@ -58,6 +64,7 @@ def initial_model(config: RunConfig, data: ImageSet) -> nn.Module:
             width=config.width,
         )
     check_model(model, data.x[:2], data.num_classes, name=config.model)
+    freeze(model, config.trainable)
     return model
 
 
@@ -138,15 +145,78 @@ def norm_mask(table: ParamTable) -> Mask | None:
     return Mask(table, tuple(row.is_norm for row in table))
 
 
-def base_optimizer(config: RunConfig, model: nn.Module, device: torch.device) -> torch.optim.Optimizer:
-    """The optimizer that SAM is put around."""
-    params = [p for p in model.parameters() if p.requires_grad]
-    fused = device.type == "cuda"  # fused kernels skip a non-finite step without a synchronisation
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(
-            params, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay, fused=fused
-        )
-    return torch.optim.AdamW(params, lr=config.lr, weight_decay=config.weight_decay, fused=fused)
+def freeze(model: nn.Module, trainable: str) -> None:
+    """Leave only the normalization layers' parameters trainable ("norm"), or all but them ("no_norm").
+
+    Raises:
+        InputError: nothing would be trained.
+    """
+    if trainable == "all":
+        return
+    table = ParamTable.from_model(model)
+    for row, param in zip(table, table.tensors(model), strict=True):
+        param.requires_grad_(row.is_norm == (trainable == "norm"))
+    if not any(param.requires_grad for param in model.parameters()):
+        raise InputError(f"trainable {trainable} leaves nothing to train: the model has no normalization parameters")
+
+
+def base_optimizer(
+    config: RunConfig, model: nn.Module, device: torch.device, mup_base: nn.Module | None = None
+) -> Optimizer:
+    """The optimizer that SAM is put around.
+
+    Args:
+        config: the run.
+        model: its model.
+        device: where it lies.
+        mup_base: the model at its base width, for the learning rates of muP.
+
+    Raises:
+        InputError: an optimizer that cannot be had with these settings.
+    """
+    spec = OptimizerSpec.parse(config.optimizer)
+    groups: list[dict[str, Any]]
+    if mup_base is not None:
+        if spec.name not in ("sgd", "adamw"):
+            raise InputError(f"method {config.method} scales learning rates for sgd and adamw only, got {spec.name}")
+        kind: MupOptimizer = "sgd" if spec.name == "sgd" else "adamw"
+        groups = mup_param_groups(model, mup_base, config.lr, optimizer=kind, weight_decay=config.weight_decay)
+        if not config.norm_weight_decay:
+            raise InputError(f"method {config.method} decays all parameters alike; leave norm_weight_decay on")
+        if config.rho_min is not None:
+            raise InputError(f"method {config.method} has a learning rate per layer; leave rho_min out")
+    else:
+        table = ParamTable.from_model(model)
+        params = list(zip(table, table.tensors(model), strict=True))
+        apart = config.weight_decay > 0 and not config.norm_weight_decay
+        groups = [{"params": [p for row, p in params if not (apart and row.is_norm)]}]
+        if apart:
+            groups.append({"params": [p for row, p in params if row.is_norm], "weight_decay": 0.0})
+    return spec.build(
+        groups,
+        lr=config.lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        fused=device.type == "cuda",  # fused kernels skip a non-finite step without a synchronisation
+    )
+
+
+def prepared_method(config: RunConfig, model: nn.Module, data: ImageSet) -> tuple[Method, nn.Module | None]:
+    """The run's method, and for one that scales with the width the model at the base width; the model's initial
+    weights are then those of muP.
+
+    Raises:
+        InputError: no base width, or a model that did not grow as muP needs.
+    """
+    method = config.sam_method()
+    if not MethodSpec.parse(config.method).info.needs_model:
+        return method, None
+    width = MethodSpec.parse(config.method).options["base_width"]
+    if width is None:
+        raise InputError(f"method {config.method} needs a base width: {config.method}:base_width=N")
+    base = initial_model(replace(config, width=width), data)
+    mup_init_(model, base)
+    return method.prepared(model, base), base
 
 
 def load_weights(model: nn.Module, state: dict[str, Tensor]) -> None:

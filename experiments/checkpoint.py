@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import warnings
 from pathlib import Path
@@ -14,10 +15,20 @@ from masks.errors import InputError
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
-    """Write aside, then rename."""
+    """Write aside, then rename; what could not be written whole is removed.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    buffer = io.BytesIO()  # torch's own file writer hides the reason why it could not write
+    torch.save(content, buffer)
     aside = path.with_name(path.name + ".partial")
-    torch.save(content, aside)
-    os.replace(aside, path)
+    try:
+        aside.write_bytes(buffer.getbuffer())
+        os.replace(aside, path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:

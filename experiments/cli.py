@@ -19,24 +19,32 @@ from experiments.commands import (
     EXIT_INPUT,
     EXIT_INTERRUPTED,
     EXIT_OK,
+    EXIT_TERMINATED,
     CompareOptions,
     MasksOptions,
+    MethodsOptions,
+    PresetsOptions,
     TrainOptions,
 )
 from experiments.measure import listed
 from experiments.runner import RunFailed
+from experiments.worker import Terminated, ended_by_sigterm
 from masks.errors import InputError, unknown_name
 
 DESCRIPTION = "Sharpness-aware minimization under parameter masks, compared at exactly matched counts."
 FLAGS = {
     "json": "print JSON instead of text",
+    "failed": "only runs that failed, diverged, are unfinished or damaged, each with its reason",
     "quiet": "no progress bars",
     "sweep": "train every arm at every radius on the report's seeds, too: what sam-masks verdict compares at equal "
     "sharpness",
 }
 PLACES = ("folder",)
 """Options that are given by their place, without a name."""
-EXIT_CODES = "exit codes: 0 done; 1 a run failed; 2 bad input; 130 interrupted (what was finished is kept or printed)"
+EXIT_CODES = (
+    "exit codes: 0 done; 1 a run failed; 2 bad input; 130 interrupted by Ctrl-C, 143 ended by SIGTERM (the same "
+    "command goes on; what was finished is kept or printed)"
+)
 
 
 class UsageError(InputError):
@@ -140,6 +148,7 @@ def build_parser() -> _Parser:
     from experiments.analyze import AnalyzeOptions
     from experiments.config import DECIDED, CompareConfig, RunConfig
     from experiments.measure import MeasureConfig
+    from experiments.runs import RunsOptions
     from experiments.verdict import VerdictOptions
 
     hidden: dict[type, set[str]] = {CompareConfig: {*DECIDED}, RunConfig: {"tuning"}}
@@ -182,10 +191,28 @@ def build_parser() -> _Parser:
             (MasksOptions,),
         ),
         (
+            "methods",
+            "list the methods of the SAM family: paper, passes, state, options, limits",
+            "--json",
+            (MethodsOptions,),
+        ),
+        (
+            "presets",
+            "list published settings; with --name, print one as a configuration file for compare",
+            "--name sam_on_cifar100_wrn28_10 --scale 0.1 > study.yaml",
+            (PresetsOptions,),
+        ),
+        (
             "analyze",
             "measure sharpness and curvature of a checkpoint, of any model and data set",
             "--model vit_small --checkpoint FILE --data digits",
             (AnalyzeOptions,),
+        ),
+        (
+            "runs",
+            "list the runs in a folder, filter them, compare their settings, say why some failed",
+            "results --where arm=norm,rho=1",
+            (RunsOptions,),
         ),
         (
             "verdict",
@@ -212,17 +239,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        code = _run(arguments)
+        with ended_by_sigterm():
+            code = _run(arguments)
         sys.stdout.flush()
         return code
     except InputError as error:
         _say(str(error))
         return EXIT_INPUT
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as request:
+        ended = isinstance(request, Terminated)
         print(
-            "sam-masks: interrupted; finished runs are kept, and the same command goes on from there", file=sys.stderr
+            f"sam-masks: {'ended by SIGTERM' if ended else 'interrupted'}; finished runs are kept, and the same "
+            "command goes on from there",
+            file=sys.stderr,
         )
-        return EXIT_INTERRUPTED
+        return EXIT_TERMINATED if ended else EXIT_INTERRUPTED
     except RunFailed as error:
         _say(str(error))
         return EXIT_FAILED
@@ -253,6 +284,7 @@ def _run(arguments: list[str]) -> int:
         parsed = parser.parse_args(_config_first([_underscored(argument) for argument in arguments]))
         if "plugin" in parsed[parsed.command]:  # a verdict imports nothing of the user's
             _load_plugins(parsed[parsed.command].plugin)
+        _refuse_nulls(parser, vars(parsed[parsed.command]))
         values = vars(parser.instantiate(parsed)[parsed.command])
     except jsonargparse.ArgumentError as error:
         raise UsageError(_one_line(str(error), parser)) from None
@@ -260,6 +292,14 @@ def _run(arguments: list[str]) -> int:
         raise UsageError("the configuration file is not text") from None
     run: Callable[[dict[str, Any]], int] = getattr(commands, f"run_{parsed.command}")
     return run(values)
+
+
+def _refuse_nulls(parser: _Parser, values: dict[str, Any]) -> None:
+    """The parser takes a null in a configuration file for a value of any type."""
+    (commands_of,) = (action.choices for action in parser._actions if isinstance(action.choices, dict))
+    for action in commands_of[parser.command]._actions:
+        if action.default is not None and action.dest in values and values[action.dest] is None:
+            raise UsageError(f"option {action.dest} needs a value, got null")
 
 
 def _load_plugins(names: str | None) -> None:

@@ -6,12 +6,15 @@ import json
 import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from experiments.measure import listed
 from masks.errors import InputError
 
-EXIT_OK, EXIT_FAILED, EXIT_INPUT, EXIT_INTERRUPTED = 0, 1, 2, 130
+if TYPE_CHECKING:
+    from experiments.executors.base import Executor
+
+EXIT_OK, EXIT_FAILED, EXIT_INPUT, EXIT_INTERRUPTED, EXIT_TERMINATED = 0, 1, 2, 130, 143
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,14 @@ class CompareOptions:
 
     Args:
         out: folder for the results; by default results/compare-ID.
-        processes: runs at once, each with one thread (default: one per core; 1 on a GPU).
+        executor: where runs execute: local (processes of this machine), ray (extra [ray]) or slurm (extra [slurm]).
+        processes: runs at once on this machine, each with one thread (default: one per core, or one per GPU).
+        address: of a Ray cluster (default: Ray of this machine).
+        gpus: GPUs per run on a cluster; with Ray a fraction puts several runs on one.
+        partition: of the Slurm cluster (default: its own).
+        minutes: time limit of a Slurm job; a run that reaches it is saved, queued again and goes on.
+        retries: how often a run that failed is tried again.
+        checkpoint_minutes: minutes after which a run is saved each time, to go on from there.
         device: auto, cpu, cuda or cuda:N.
         plugin: modules to import for their masks, separated by commas.
         sweep: train every arm at every radius of its grid on the report's seeds, too, for `sam-masks verdict`.
@@ -30,7 +40,14 @@ class CompareOptions:
 
     out: str | None = None
     sweep: bool = False
+    executor: Literal["local", "ray", "slurm"] = "local"
     processes: int | None = None
+    address: str | None = None
+    gpus: float = 0.0
+    partition: str | None = None
+    minutes: int = 240
+    retries: int = 0
+    checkpoint_minutes: float = 10.0
     device: str = "auto"
     plugin: str | None = None
     quiet: bool = False
@@ -44,6 +61,7 @@ class TrainOptions:
     Args:
         out: folder for the record and the checkpoint; by default results/train-ID.
         init: checkpoint to start from instead of the seed's weights (a state dict, or one that train wrote).
+        checkpoint_minutes: minutes after which the run is saved each time, to go on from there.
         device: auto, cpu, cuda or cuda:N.
         plugin: modules to import for their masks, separated by commas.
         json: print the record as JSON.
@@ -51,9 +69,36 @@ class TrainOptions:
 
     out: str | None = None
     init: str | None = None
+    checkpoint_minutes: float = 10.0
     device: str = "auto"
     plugin: str | None = None
     json: bool = False
+
+
+@dataclass(frozen=True)
+class MethodsOptions:
+    """What to list.
+
+    Args:
+        plugin: modules to import for their methods, separated by commas.
+        json: print a list of objects.
+    """
+
+    plugin: str | None = None
+    json: bool = False
+
+
+@dataclass(frozen=True)
+class PresetsOptions:
+    """Which published settings to print.
+
+    Args:
+        name: the preset (default: list all).
+        scale: share of its epochs and images, to try it out.
+    """
+
+    name: str | None = None
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -96,33 +141,45 @@ def _pick(cls: type, values: dict[str, Any]) -> Any:
 
 
 def run_compare(values: dict[str, Any]) -> int:
-    from experiments.build import pick_device
+    from experiments.by_method import methods_frame, methods_notes, methods_shown
     from experiments.compare import compare
-    from experiments.config import CompareConfig, default_processes
-    from experiments.executors.local import LocalExecutor
+    from experiments.config import CompareConfig
     from experiments.measure import MeasureConfig
     from experiments.report import write_report
     from experiments.runner import Policy
     from experiments.table import build_table, frame, shown
 
     options: CompareOptions = _pick(CompareOptions, values)
-    on_gpu = pick_device(options.device).type == "cuda"
-    processes = (1 if on_gpu else default_processes()) if options.processes is None else options.processes
     comparison = compare(
         _pick(CompareConfig, values),
         None if options.out is None else Path(options.out),
         measure=_pick(MeasureConfig, values),
         sweep=options.sweep,
-        executor=LocalExecutor(processes),
-        policy=Policy(device=options.device, plugins=listed(options.plugin), quiet=options.quiet),
+        executor=_executor(options),
+        policy=Policy(
+            device=options.device,
+            plugins=listed(options.plugin),
+            retries=options.retries,
+            checkpoint_minutes=options.checkpoint_minutes,
+            quiet=options.quiet,
+        ),
     )
     table = build_table(comparison)
     page = write_report(comparison, table)
     if options.json:
         arms = json.loads(frame(table).to_json(orient="records", double_precision=15))
-        print(json.dumps({"arms": arms, "notes": table.notes, "folder": str(comparison.folder)}, indent=1))
+        found = {"arms": arms, "notes": table.notes, "folder": str(comparison.folder)}
+        if any(arm.method for arm in comparison.config.arms):
+            lines = methods_frame(table).to_json(orient="records", double_precision=15)
+            found["methods_by_masks"] = {"cells": json.loads(lines), "notes": methods_notes(comparison, table)}
+        print(json.dumps(found, indent=1))
         return EXIT_OK
     print(shown(table).to_string())
+    by_method = methods_shown(table)
+    if by_method is not None:
+        print(f"\nmethods by masks\n{by_method.to_string()}")
+        for note in methods_notes(comparison, table):
+            print(f"- {note}")
     print()
     for note in table.notes:
         print(f"- {note}")
@@ -130,15 +187,43 @@ def run_compare(values: dict[str, Any]) -> int:
     return EXIT_OK
 
 
+def _executor(options: CompareOptions) -> Executor:
+    """The executor asked for; an option of another one is refused."""
+    own = {"local": ("processes",), "ray": ("address", "gpus"), "slurm": ("gpus", "partition", "minutes")}
+    for name in dict.fromkeys(name for names in own.values() for name in names):
+        if name not in own[options.executor] and getattr(options, name) != getattr(CompareOptions, name):
+            raise InputError(f"{name} has no effect with executor {options.executor}")
+    if options.executor == "ray":
+        from experiments.executors.ray import RayExecutor
+
+        return RayExecutor(options.address, gpus=options.gpus)
+    if options.executor == "slurm":
+        from experiments.executors.slurm import SlurmExecutor
+
+        return SlurmExecutor(gpus=options.gpus, partition=options.partition, minutes=options.minutes)
+    from experiments.build import pick_device
+    from experiments.config import default_processes
+    from experiments.executors import local
+
+    device, processes = pick_device(options.device), options.processes
+    if processes is None:
+        processes = default_processes() if device.type == "cpu" else local.num_gpus(options.device)
+    return local.LocalExecutor(processes)
+
+
 def run_train(values: dict[str, Any]) -> int:
     from experiments.analyze import as_text
     from experiments.config import RunConfig
+    from experiments.runner import Policy
     from experiments.single import train_one
 
     options: TrainOptions = _pick(TrainOptions, values)
     out = None if options.out is None else Path(options.out)
     init = None if options.init is None else Path(options.init)
-    record, folder = train_one(_pick(RunConfig, values), out, init=init, device=options.device)
+    policy = Policy(options.device, listed(options.plugin), checkpoint_minutes=options.checkpoint_minutes)
+    record, folder, notes = train_one(_pick(RunConfig, values), out, init=init, policy=policy)
+    for note in notes:
+        print(f"sam-masks: warning: {note}", file=sys.stderr)
     result = record.result
     if options.json:
         print(json.dumps(asdict(record), indent=1))
@@ -162,6 +247,29 @@ def run_train(values: dict[str, Any]) -> int:
 
 def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
+
+
+def run_methods(values: dict[str, Any]) -> int:
+    from experiments.methods import describe_methods
+
+    print(describe_methods(as_json=_pick(MethodsOptions, values).json))
+    return EXIT_OK
+
+
+def run_presets(values: dict[str, Any]) -> int:
+    import yaml
+
+    from experiments.presets import get_preset, list_presets
+
+    options: PresetsOptions = _pick(PresetsOptions, values)
+    if options.name is None:
+        if options.scale != 1:
+            raise InputError("scale has no effect without --name")
+        print("\n".join(f"{name}\n  {summary}" for name, summary in list_presets().items()))
+        return EXIT_OK
+    preset = get_preset(options.name, options.scale)
+    print("".join(f"# {note}\n" for note in preset.notes()) + yaml.safe_dump(preset.config(), sort_keys=False), end="")
+    return EXIT_OK
 
 
 def run_masks(values: dict[str, Any]) -> int:
@@ -195,9 +303,13 @@ def run_masks(values: dict[str, Any]) -> int:
 def run_analyze(values: dict[str, Any]) -> int:
     from tqdm import tqdm
 
-    from experiments.analyze import AnalyzeOptions, analyze, as_text
+    from experiments.analyze import LIST, AnalyzeOptions, analyze, as_text, describe_metrics
+    from experiments.worker import Terminated
 
     options: AnalyzeOptions = _pick(AnalyzeOptions, values)
+    if options.metrics == LIST:
+        print(describe_metrics(as_json=options.json))
+        return EXIT_OK
     found: list[dict[str, Any]] = []
 
     def arrived(result: dict[str, Any]) -> None:
@@ -206,13 +318,16 @@ def run_analyze(values: dict[str, Any]) -> int:
             tqdm.write(as_text(result))
             sys.stdout.flush()
 
+    def noted(text: str) -> None:
+        print(f"sam-masks: {text}", file=sys.stderr)
+
     code = EXIT_OK
     try:
-        analyze(options, on_result=arrived, quiet=options.quiet)
-    except KeyboardInterrupt:
+        analyze(options, on_result=arrived, on_note=noted, quiet=options.quiet)
+    except KeyboardInterrupt as request:
         kept = f"the same command goes on from {options.out}" if options.out else "--out FILE would have kept it"
         print(f"sam-masks: interrupted; what was measured is printed; {kept}", file=sys.stderr)
-        code = EXIT_INTERRUPTED
+        code = EXIT_TERMINATED if isinstance(request, Terminated) else EXIT_INTERRUPTED
     if options.json:
         print(json.dumps(found, indent=1, allow_nan=False))
     return code
@@ -232,4 +347,13 @@ def run_verdict(values: dict[str, Any]) -> int:
         at=options.at,
     )
     print(json.dumps(as_json(judgement), indent=1, allow_nan=False) if options.json else as_text(judgement))
+    return EXIT_OK
+
+
+def run_runs(values: dict[str, Any]) -> int:
+    from experiments.runs import RunsOptions, as_json, show
+
+    options: RunsOptions = _pick(RunsOptions, values)
+    text, rows = show(options)
+    print(as_json(rows) if options.json else text)
     return EXIT_OK

@@ -20,6 +20,7 @@ from experiments.train import number_of_steps
 from experiments.worker import Job
 from masks import MaskContext, MaskSpec, mask_info
 from masks.errors import InputError
+from sam import MethodSpec
 
 STUDY_FILE = "study.json"
 STUDY_SCHEMA = "sam-masks/comparison/1"
@@ -100,7 +101,7 @@ def open_folder(folder: Path, config: CompareConfig, measure: MeasureConfig, stu
 
 
 def _withdraw(folder: Path) -> None:
-    """Leave nothing behind of a comparison none of whose runs was finished: the corrected one may take the folder."""
+    """Leave nothing behind of a comparison of whose runs nothing was kept: the corrected one may take the folder."""
     runs = folder / "runs"
     if not any(runs.glob("*")):
         (folder / STUDY_FILE).unlink(missing_ok=True)
@@ -201,7 +202,12 @@ def compare(
     executor = executor or LocalExecutor(1)
     data = load_cached(config.data)
     check_arms(config)  # imports the user's own model, whose source is part of the content
-    content = content_digests([arm.mask for arm in config.arms], config, data.digest)
+    content = content_digests(
+        [arm.mask for arm in config.arms],
+        config,
+        data.digest,
+        methods=sorted({arm.method for arm in config.arms if arm.method} | {config.method}),
+    )
     study_id = config.digest(content | {"measure": json.dumps(asdict(measure))})
     folder = folder or Path("results") / f"compare-{study_id[:8]}"
     open_folder(folder, config, measure, study_id)
@@ -246,7 +252,18 @@ def predicted_costs(comparison: Comparison) -> dict[str, float | None]:
     sets = {str(i): names for i, names in enumerate(set().union(*final.values()))}
     costs = step_costs(initial_model(first, data), data.x[:2], sets, every_gradient=config.norm_scope == "full")
     by_set = {names: costs[key] for key, names in sets.items()}
-    return {arm: _mean_or_none([by_set[names] for names in seeds]) for arm, seeds in final.items()}
+    out: dict[str, float | None] = {}
+    for arm in config.arms:
+        run = config.run(arm, rho=0.0, seed=config.first_seed, tuning=False)
+        spec = MethodSpec.parse(run.method)
+        unrestricted = spec.build().every_gradient or run.norm_scope == "full" or spec.info.passes == "1"
+        if arm.rho and unrestricted:
+            out[arm.name] = spec.info.num_passes(**spec.options)
+        elif spec.info.passes == "2":
+            out[arm.name] = _mean_or_none([by_set[names] for names in final[arm.name]])
+        else:  # how its passes divide into restricted and full ones is not known here
+            out[arm.name] = None
+    return out
 
 
 def _mean_or_none(values: Sequence[float | None]) -> float | None:

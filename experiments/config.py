@@ -11,8 +11,11 @@ from typing import Any, Literal
 
 import joblib
 
+from experiments.augment import Augmentation
+from experiments.schedule import OptimizerSpec, Window
 from masks.errors import InputError, unknown_name
 from masks.spec import MaskSpec
+from sam import Method, MethodSpec, method_info
 from sam.perturbation import RULE_NAMES, Rule
 
 BASELINE = "none"
@@ -20,10 +23,11 @@ BASELINE = "none"
 
 
 _CHOICES = {
-    "optimizer": ("sgd", "adamw"),
+    "schedule": ("cosine", "step", "constant"),
+    "trainable": ("all", "norm", "no_norm"),
     "rule": RULE_NAMES,
     "bias": ("identity", "adaptive"),
-    "norm_scope": ("masked", "full"),
+    "norm_scope": ("", "masked", "full"),
     "norm_statistics": ("first", "second", "both"),
 }
 """Settings with a fixed list of values; an unknown one must not fall through to some default."""
@@ -42,20 +46,34 @@ class RunConfig:
         label_noise: share of training labels redrawn at random (default: 0.2 for digits, else 0).
         model: resnet_small, vit_small, mlp, torchvision:NAME or module:function of your own.
         width: width of a built-in model (default: its own).
-        optimizer: base optimizer.
-        lr: peak learning rate; it falls to 0 by a cosine over all steps.
+        optimizer: base optimizer: sgd, adamw or any class of torch.optim, as name[:option=value...].
+        lr: peak learning rate.
+        schedule: of the learning rate over the steps: cosine to 0, step (a tenth after half of them, a hundredth after
+            three quarters), or constant.
+        warmup: epochs in which it first grows linearly.
         momentum: momentum of sgd.
-        weight_decay: weight decay of the base optimizer, on all parameters.
+        weight_decay: weight decay of the base optimizer.
+        norm_weight_decay: whether it also acts on normalization parameters.
+        clip_grad_norm: largest norm of the gradient that the base optimizer steps with.
+        label_smoothing: of the training loss; evaluation is without.
+        augment: of training images, such as crop+flip+cutout=16; none for none.
+        trainable: which parameters are trained: all, norm (the normalization layers' alone) or no_norm (theirs are
+            frozen); the others keep their initial values, and no mask keeps them.
         epochs: passes over the training images.
         batch_size: images per step; an incomplete last batch of an epoch is used as it is.
-        mask: which coordinates are perturbed, as name[:option=value...][@schedule]; see `sam-masks masks`.
+        method: member of the SAM family, as name[:option=value...]; see `sam-masks methods`.
+        mask: which coordinates are perturbed, as name[:option=value...][@schedule]; see `sam-masks masks` (default:
+            norm, or the method's own).
+        sam_epochs: perturb only in these epochs, as START..END, counted from 0, END not included (default: all).
         match: a budgeted mask keeps as many coordinates as this mask of natural size.
         density: a budgeted mask keeps this fraction instead of matching.
         rho: radius of the perturbation.
-        rule: metric and norm of the perturbation.
+        rho_min: let the radius follow the learning rate, from rho at its peak to this at 0 (GSAM's schedule).
+        rule: metric and norm of the perturbation, for methods without one of their own.
         eta: floor of an adaptive rule (default: the rule's own).
         bias: whether an adaptive rule scales biases ("adaptive") or not ("identity").
-        norm_scope: normalise the gradient over the mask, or over all parameters before masking.
+        norm_scope: normalise the gradient over the mask (masked), or over all parameters before masking (full)
+            (default: masked, or the method's own).
         norm_statistics: pass in which running statistics of normalization layers are updated.
         score_images: training images that a score mask is scored on; drawn with the seed, the same in every arm.
         seed: seed of the run; every purpose has a stream of its own, so runs of a seed are paired.
@@ -71,20 +89,30 @@ class RunConfig:
     label_noise: float | None = None
     model: str = "resnet_small"
     width: int | None = None
-    optimizer: Literal["sgd", "adamw"] = "sgd"
+    optimizer: str = "sgd"
     lr: float = 0.05
+    schedule: Literal["cosine", "step", "constant"] = "cosine"
+    warmup: int = 0
     momentum: float = 0.9
     weight_decay: float = 5e-4
+    norm_weight_decay: bool = True
+    clip_grad_norm: float | None = None
+    label_smoothing: float = 0.0
+    augment: str = "none"
+    trainable: Literal["all", "norm", "no_norm"] = "all"
     epochs: int = 20
     batch_size: int = 64
-    mask: str = "norm"
+    method: str = "sam"
+    mask: str = ""
+    sam_epochs: str = ""
     match: str = "norm"
     density: float | None = None
     rho: float = 0.5
+    rho_min: float | None = None
     rule: Literal["l2", "linf", "elementwise_l2", "elementwise_linf", "layerwise_l2", "layerwise_linf"] = "l2"
     eta: float | None = None
     bias: Literal["identity", "adaptive"] = "identity"
-    norm_scope: Literal["masked", "full"] = "masked"
+    norm_scope: Literal["", "masked", "full"] = ""
     norm_statistics: Literal["first", "second", "both"] = "first"
     score_images: int = 128
     seed: int = 0
@@ -92,28 +120,82 @@ class RunConfig:
     measure_every: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("epochs", 1), ("batch_size", 2), ("score_images", 1), ("measure_every", 0)):
+        for name, least in (("epochs", 1), ("batch_size", 2), ("score_images", 1), ("measure_every", 0), ("warmup", 0)):
             if getattr(self, name) < least:
                 raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}")
         for name in ("lr", "momentum", "weight_decay", "rho"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise InputError(f"{name} must be a finite number >= 0, got {value}")
-            object.__setattr__(self, name, float(value))  # 1 and 1.0 are one run, also in a digest
+        for name in (
+            "lr",
+            "momentum",
+            "weight_decay",
+            "rho",
+            "rho_min",
+            "clip_grad_norm",
+            "label_smoothing",
+            "density",
+        ):
+            if getattr(self, name) is not None:  # 1 and 1.0 are one run, also in a digest
+                object.__setattr__(self, name, float(getattr(self, name)))
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
                 raise InputError(unknown_name(name, str(getattr(self, name)), known))
-        if self.norm_scope == "full" and self.rule.endswith("linf"):
-            raise InputError(f"norm_scope full has no meaning for rule {self.rule}, whose step has no norm")
-        self.sam_rule()
-        object.__setattr__(self, "mask", str(MaskSpec.parse(self.mask)))
-        object.__setattr__(self, "match", str(MaskSpec.parse(self.match)))
+        if self.clip_grad_norm is not None and not (math.isfinite(self.clip_grad_norm) and self.clip_grad_norm > 0):
+            raise InputError(f"clip_grad_norm must be a positive finite number, got {self.clip_grad_norm}")
+        if not 0 <= self.label_smoothing < 1:
+            raise InputError(f"label_smoothing must lie in [0, 1), got {self.label_smoothing}")
+        if self.rho_min is not None and not 0 <= self.rho_min <= self._smallest_rho():
+            raise InputError(f"rho_min must lie between 0 and rho={self._smallest_rho():g}, got {self.rho_min:g}")
+        if self.warmup >= self.epochs:
+            raise InputError(f"warmup must be shorter than the run: {self.warmup} of {self.epochs} epochs")
+        for name, kind in (("optimizer", OptimizerSpec), ("augment", Augmentation), ("method", MethodSpec)):
+            object.__setattr__(self, name, str(kind.parse(getattr(self, name))))
+        method = self.sam_method()
+        self._take_presets()
+        if method.rule.p == math.inf and self.norm_scope == "full":
+            raise InputError("norm_scope full has no meaning for p = infinity, whose step has no norm")
+        object.__setattr__(self, "sam_epochs", str(self.window()))
+        if self.window().start >= self.epochs:
+            raise InputError(f"sam_epochs {self.sam_epochs} begins after the run, which has {self.epochs} epochs")
+        try:
+            object.__setattr__(self, "match", str(MaskSpec.parse(self.match)))
+        except InputError as error:
+            raise InputError(f"match: {error}") from None
         if self.density is not None and not 0 <= self.density <= 1:
             raise InputError(f"density must lie between 0 and 1, got {self.density}")
 
-    def sam_rule(self) -> Rule:
-        """The perturbation rule; raises InputError for an eta that the rule does not take."""
-        return Rule.named(self.rule, eta=self.eta, bias=self.bias)
+    def _smallest_rho(self) -> float:
+        return self.rho
+
+    def _take_presets(self) -> None:
+        """Fill in what the method fixes, and the defaults of what it does not."""
+        preset = MethodSpec.parse(self.method).preset
+        for name, default in (("mask", "norm"), ("norm_scope", "masked")):
+            given, own = getattr(self, name), preset.get(name)
+            if name == "mask":
+                given, own = (str(MaskSpec.parse(text)) if text else text for text in (given, own))
+            if own is not None and given not in ("", own):
+                raise InputError(f"method {self.method} has a {name} of its own ({own}); leave {name} out, got {given}")
+            object.__setattr__(self, name, given or own or default)
+
+    def sam_method(self) -> Method:
+        """The method with the rule that was asked for; not yet prepared for a model.
+
+        Raises:
+            InputError: an option out of range, an eta that the rule does not take, or a rule for a method that has one.
+        """
+        method, rule = MethodSpec.parse(self.method).build(), Rule.named(self.rule, eta=self.eta, bias=self.bias)
+        if rule == Rule():
+            return method
+        if method.rule != Rule():
+            raise InputError(f"method {self.method} has a rule of its own; leave rule, eta and bias out")
+        return replace(method, rule=rule)
+
+    def window(self) -> Window:
+        """The epochs in which weights are perturbed."""
+        return Window.parse(self.sam_epochs)
 
     def measures_after(self, epoch: int) -> bool:
         """Whether the weights are measured after this epoch, counted from 0."""
@@ -144,7 +226,8 @@ class Arm:
 
     Args:
         name: shown in tables; runs of different arms are paired by seed.
-        mask: as in a run.
+        mask: as in a run; empty for the method's own.
+        method: as in a run; empty for that of the comparison.
         rho: radii to choose from on validation data; empty for an arm without a perturbation.
         epochs_factor: multiplies the number of epochs (2: the compute of SAM for the base optimizer).
         role: "main" arms and "control" arms are two families for the correction of p values.
@@ -155,9 +238,15 @@ class Arm:
     rho: tuple[float, ...] = ()
     epochs_factor: int = 1
     role: Literal["main", "control"] = "main"
+    method: str = ""
 
     def __post_init__(self) -> None:
-        spec = MaskSpec.parse(self.mask)
+        preset: Mapping[str, str] = {}
+        if self.method:
+            method = MethodSpec.parse(self.method)
+            object.__setattr__(self, "method", str(method))
+            preset = method.preset
+        spec = MaskSpec.parse(self.mask or preset.get("mask", ""))
         object.__setattr__(self, "mask", str(spec))
         if (spec.name == "none") != (not self.rho):
             raise InputError(
@@ -203,6 +292,8 @@ class CompareConfig(RunConfig):
 
     Args:
         arms: the arms, for configuration files; the arm called "none" is the baseline.
+        methods: every arm under each of these methods, separated by commas (arms are then called METHOD/ARM; grids are
+            those of the arms times the method's default radius over SAM's).
         masks: choose arms on the command line, separated by commas: names of arms (of the default ones, magnitude
             and fisher keep no normalization weights), or masks as in a run.
         rho_grid: radii to choose from in every arm, separated by commas (default: those of the arm; 0.5,1,2,4
@@ -213,6 +304,7 @@ class CompareConfig(RunConfig):
     """
 
     arms: tuple[Arm, ...] = DEFAULT_ARMS
+    methods: str | None = None
     masks: str | None = None
     rho_grid: str | None = None
     seeds: int = 8
@@ -220,10 +312,16 @@ class CompareConfig(RunConfig):
     tuning_seeds: int = 2
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         for name in DECIDED:
             if getattr(self, name) != getattr(RunConfig, name):
                 raise InputError(f"a comparison takes {name} from its arms and seeds; leave {name} out")
+        norm_scope = self.norm_scope
+        super().__post_init__()
+        if "mask" in MethodSpec.parse(self.method).preset:
+            raise InputError(f"method {self.method} has a mask of its own; compare it with methods={self.method}")
+        # Only what was given: arms may have methods with a norm scope of their own.
+        object.__setattr__(self, "mask", RunConfig.mask)
+        object.__setattr__(self, "norm_scope", norm_scope)
         for name in ("seeds", "tuning_seeds"):
             if not 1 <= getattr(self, name) <= _MOST_SEEDS:
                 raise InputError(f"{name} must be from 1 to {_MOST_SEEDS}, got {getattr(self, name)}")
@@ -241,6 +339,7 @@ class CompareConfig(RunConfig):
         if len(grids) > 1:
             raise InputError(f"every arm must have as many radii to choose from; found grids of {sorted(grids)}")
         object.__setattr__(self, "arms", arms)
+        object.__setattr__(self, "methods", None)
         object.__setattr__(self, "masks", None)
         object.__setattr__(self, "rho_grid", None)
 
@@ -257,12 +356,25 @@ class CompareConfig(RunConfig):
             by_name = {arm.name: arm for arm in arms}
             specs = [text.strip() for text in self.masks.split(",")]
             arms = tuple(by_name[s] if s in by_name else _arm_of(s, grid or OTHER_RHO) for s in specs)
+        if self.methods is not None:
+            if self.method != RunConfig.method:
+                raise InputError(f"give method or methods, not both; got {self.method} and {self.methods}")
+            arms = _under_methods(arms, [text.strip() for text in self.methods.split(",")])
         return arms if grid is None else tuple(replace(arm, rho=grid) if arm.rho else arm for arm in arms)
+
+    def _smallest_rho(self) -> float:
+        return min((rho for arm in self._chosen() for rho in arm.rho if rho), default=0.0)
 
     def run(self, arm: Arm, *, rho: float, seed: int, tuning: bool) -> RunConfig:
         """The configuration of one run of an arm."""
         shared = {f.name: getattr(self, f.name) for f in fields(RunConfig)}
         own = {"mask": arm.mask, "rho": rho, "seed": seed, "tuning": tuning, "epochs": self.epochs * arm.epochs_factor}
+        if arm.method:
+            own["method"] = arm.method
+        if not arm.rho:
+            own["method"] = RunConfig.method  # the base optimizer
+        if not rho:
+            own["rho_min"] = None
         if tuning:
             own["measure_every"] = 0
         return RunConfig(**{**shared, **own}).resolved()
@@ -280,12 +392,37 @@ class CompareConfig(RunConfig):
 
     def settings(self) -> dict[str, Any]:
         """The resolved comparison as a configuration file would say it."""
-        skipped = {*DECIDED, "masks", "rho_grid"}
+        skipped = {*DECIDED, "methods", "masks", "rho_grid"}
         return {name: value for name, value in asdict(self).items() if name not in skipped}
 
 
 def _arm_of(spec: str, grid: tuple[float, ...]) -> Arm:
     return Arm(spec, spec, () if MaskSpec.parse(spec).name == "none" else grid)
+
+
+def _under_methods(arms: tuple[Arm, ...], methods: list[str]) -> tuple[Arm, ...]:
+    """The arms without a perturbation, and every other one under each method (those with a mask of their own: once)."""
+    for arm in arms:
+        if arm.method:
+            raise InputError(f"arm {arm.name} has a method of its own ({arm.method}); leave methods out")
+    out = [arm for arm in arms if not arm.rho]
+    dense = next((arm for arm in arms if arm.mask == "all"), None)
+    for text in methods:
+        spec = MethodSpec.parse(text)
+        factor = spec.info.rho / method_info("sam").rho
+        if "mask" in spec.preset:
+            out.append(Arm(str(spec), "", _times(dense.rho if dense else DENSE_RHO, factor), method=text))
+            continue
+        for arm in arms:
+            if arm.rho:
+                out.append(replace(arm, name=f"{spec}/{arm.name}", rho=_times(arm.rho, factor), method=text))
+    if not any(arm.rho for arm in out):
+        raise InputError(f"no mask for the methods {', '.join(methods)}; name at least one")
+    return tuple(out)
+
+
+def _times(grid: tuple[float, ...], factor: float) -> tuple[float, ...]:
+    return tuple(float(f"{rho * factor:.6g}") for rho in grid)
 
 
 def _digest(value: Any) -> str:

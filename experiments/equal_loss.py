@@ -19,7 +19,7 @@ class NotReached(InputError):
     """No level of training loss that every run passed through while it was measured."""
 
 
-def at_equal_loss(study: Study, arms: Sequence[str]) -> tuple[pd.DataFrame, float]:
+def at_equal_loss(study: Study, arms: Sequence[str]) -> tuple[pd.DataFrame, float, tuple[int, int]]:
     """The runs of some arms with every metric as it was when the run reached a training loss that all of them reached.
 
     The level is the largest over runs of the smallest training loss that was measured (evaluation mode, all training
@@ -31,7 +31,8 @@ def at_equal_loss(study: Study, arms: Sequence[str]) -> tuple[pd.DataFrame, floa
         arms: whose runs.
 
     Returns:
-        Rows like those of ``study.frame``, and the level in nats.
+        Rows like those of ``study.frame``, the level in nats, and the first and the last epoch at whose end a run had
+        been measured at or below it for the first time.
 
     Raises:
         NotReached: a run was below the level when it was first measured.
@@ -57,13 +58,14 @@ def at_equal_loss(study: Study, arms: Sequence[str]) -> tuple[pd.DataFrame, floa
             f"{paths[below[0]]['train_loss'].iloc[0]:.3g}); measure more often, or leave the arm that fits worse out"
         )
     columns = [name for metric in study.metrics for name in (metric, metric + REPEAT) if name in study.frame.columns]
-    rows = []
+    rows, epochs = [], []
     for path in paths.values():
         losses = path["train_loss"].to_numpy()
+        epochs.append(int(path["epoch"].iloc[int(np.flatnonzero(losses <= level)[0])]))
         metrics = {name: value_at(level, losses, path[name].to_numpy(dtype=np.float64)) for name in columns}
         final = {str(name): value for name, value in path.iloc[-1].items() if name != "epoch"}
         rows.append(final | {"train_loss": level} | metrics)
-    return pd.DataFrame(rows), level
+    return pd.DataFrame(rows), level, (min(epochs), max(epochs))
 
 
 def value_at(level: float, losses: Floats, values: Floats) -> float:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from analysis import Estimate, measurements
-from analysis.metrics import resolve
+from analysis.metrics import metric_info, resolve
 from experiments.build import batches_of, correct, sample_of
 from experiments.split import Split
 from experiments.train import Trained
@@ -166,9 +166,11 @@ def _result(name: str, take: Callable[[], Estimate], shared: Mapping[str, Any]) 
     try:
         found = take()
     except InputError as why:
-        settings = {"name": name, "reason": str(why), **shared}
+        direction = metric_info(name.partition("@")[0]).direction
+        settings = {"name": name, "direction": direction, "reason": str(why), **shared}
         return {"metric": name, "value": None, "error": None, "n": 0, "settings": settings}
     # An eigenvalue has no standard error but the bound of its residual; error_kind says which.
     error = found.standard_error if found.standard_error is not None else found.settings.get("residual")
-    settings = {"name": found.name, **found.settings, **shared}
+    direction = metric_info(name.partition("@")[0]).direction
+    settings = {"name": found.name, "direction": direction, **found.settings, **shared}
     return {"metric": name, "value": found.value, "error": error, "n": found.n, "settings": settings}

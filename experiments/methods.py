@@ -67,7 +67,10 @@ def _text(method: dict[str, Any], width: int) -> str:
     lines = [method["method"]]
     for name, text in rows:
         if text:
-            lines += textwrap.wrap(text, width, initial_indent=f"  {name:9}", subsequent_indent=" " * 11)
+            start = f"  {name:9}"
+            lines += textwrap.wrap(
+                text, width, initial_indent=start, subsequent_indent=" " * len(start), break_on_hyphens=False
+            )
     return "\n".join(lines)
 
 

@@ -252,6 +252,8 @@ def check_model(model: nn.Module, x_sample: Tensor, num_classes: int, *, name: s
         trial = copy.deepcopy(model)
     except Exception as error:  # the user's model may hold anything
         raise InputError(f"model {name} cannot be copied ({reason(error)})") from error
+    if {p.dtype for p in trial.parameters()} == {torch.float64}:
+        x = x.double()
     for mode in ("training", "evaluation"):
         trial.train(mode == "training")
         try:

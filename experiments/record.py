@@ -1,4 +1,4 @@
-"""The record of a run on disk: one JSON file, complete or not there."""
+"""What is known of a finished run, and digests of all that it depends on; :mod:`experiments.store` keeps it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import platform
 import sys
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,10 +21,10 @@ import numpy as np
 import torch
 
 from experiments.config import RunConfig
+from experiments.models import user_module
 from masks import MaskSpec
 from masks.errors import InputError
-
-SCHEMA = "sam-masks/run/1"
+from sam import MethodSpec
 
 
 @dataclass(frozen=True)
@@ -52,31 +52,6 @@ class RunRecord:
         # What is kept in memory is what a later reader finds in the file.
         object.__setattr__(self, "result", json.loads(json.dumps(finite(self.result))))
 
-    def save(self, folder: Path) -> Path:
-        """Write ``folder/run_id.json``: aside, then renamed."""
-        path = folder / f"{self.run_id}.json"
-        write_text(path, json.dumps({"schema": SCHEMA, **asdict(self)}, indent=1, allow_nan=False) + "\n")
-        return path
-
-    @classmethod
-    def load(cls, path: Path) -> RunRecord:
-        """Read a record.
-
-        Raises:
-            InputError: not a record, or one of another schema.
-        """
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if content.pop("schema") != SCHEMA:
-                raise InputError(f"{path} has another schema than {SCHEMA}")
-            return cls(**content)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(
-                f"{path} is not the record of a run ({type(error).__name__}: {error}); delete it to have it made again"
-            ) from None
-
 
 def finite(value: Any) -> Any:
     """A plain value with None for every nan and infinity, which JSON does not have."""
@@ -94,7 +69,9 @@ def write_text(path: Path, text: str) -> None:
     os.replace(aside, path)
 
 
-def content_digests(masks: Iterable[str], config: RunConfig, data_digest: str) -> dict[str, str]:
+def content_digests(
+    masks: Iterable[str], config: RunConfig, data_digest: str, *, methods: Iterable[str] = ()
+) -> dict[str, str]:
     """Digests of all that a configuration names but does not contain, so that records of old code or files are not
     taken for new ones: the data, mask files, and the source files of plugins and of the user's own model (these
     files only, not what they import).
@@ -103,6 +80,7 @@ def content_digests(masks: Iterable[str], config: RunConfig, data_digest: str) -
         masks: the masks of all arms.
         config: says what is matched, and the model, which must have been imported.
         data_digest: of the data set.
+        methods: the methods of all arms.
     """
     content = {"data": data_digest}
     for spec in map(MaskSpec.parse, (*masks, config.match)):
@@ -112,9 +90,13 @@ def content_digests(masks: Iterable[str], config: RunConfig, data_digest: str) -
         if spec.name == "file":
             with suppress(InputError):  # the builder says what is wrong with it
                 content[str(spec)] = file_digest(Path(spec.options["path"]))
-    module, colon, _ = config.model.partition(":")
-    if colon and module != "torchvision":
-        content[f"model {module}"] = _source_digest(module)
+    for method in methods:
+        module = inspect.unwrap(MethodSpec.parse(method).info.make).__module__
+        if not module.startswith("sam.methods."):
+            content[f"method {method}"] = f"{module} {_source_digest(module)}"
+    own = user_module(config.model)
+    if own is not None:
+        content[f"model {own}"] = _source_digest(own)
     return content
 
 

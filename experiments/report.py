@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import pandas as pd
 
 from analysis.reliability import REPEAT
+from experiments.by_method import methods_frame, methods_notes, methods_shown
 from experiments.compare import Comparison, Trial
-from experiments.config import BASELINE
+from experiments.config import BASELINE, CompareConfig
 from experiments.plot import figures
 from experiments.record import write_text
 from experiments.table import Table, frame, shown
@@ -21,7 +23,8 @@ PAGE = "report.html"
 
 
 def write_report(comparison: Comparison, table: Table) -> Path:
-    """Write ``table.csv``, ``runs.csv``, ``trials.csv`` and ``report.html`` into the comparison's folder.
+    """Write ``table.csv``, ``runs.csv``, ``trials.csv`` and ``report.html`` into the comparison's folder, and
+    ``methods_by_masks.csv`` where arms name methods.
 
     Returns:
         The path of the page.
@@ -37,6 +40,8 @@ def write_report(comparison: Comparison, table: Table) -> Path:
         "trials.csv": trials.to_csv(index=False),
         PAGE: _html(comparison, table),
     }
+    if any(arm.method for arm in comparison.config.arms):
+        files["methods_by_masks.csv"] = methods_frame(table).to_csv(index=False)
     try:
         for name, text in files.items():
             write_text(folder / name, text)
@@ -56,6 +61,7 @@ def runs_frame(comparison: Comparison) -> pd.DataFrame:
                 {
                     "run_id": record.run_id,
                     "arm": arm,
+                    "method": record.config["method"] if arm in comparison.chosen else None,
                     "mask": record.config["mask"],
                     "rho": record.config["rho"] if arm in comparison.chosen else None,
                     "seed": record.config["seed"],
@@ -87,8 +93,9 @@ def _html(comparison: Comparison, table: Table) -> str:
     return template.render(
         title=f"SAM under masks: {config.model} on {config.data}",
         asked=(
-            f"{config.epochs} epochs of {config.optimizer} (lr {config.lr:g}), rule {config.rule}, "
-            f"norm scope {config.norm_scope}; budgeted masks keep "
+            f"{config.epochs} epochs of {config.optimizer} (lr {config.lr:g}), method {_methods(config)}, rule "
+            f"{config.rule} and norm scope {config.norm_scope or 'masked'} for methods without their own; budgeted "
+            "masks keep "
             + (
                 f"a density of {config.density:g}."
                 if config.density is not None
@@ -97,6 +104,8 @@ def _html(comparison: Comparison, table: Table) -> str:
         ),
         columns=list(text.columns),
         lines=[(name, list(cells)) for name, cells in zip(text.index, text.to_numpy(), strict=True)],
+        by_method=_by_method(table),
+        by_method_notes=methods_notes(comparison, table),
         warnings=warnings,
         notes=[note for note in table.notes if note not in warnings],
         figures=list(figures(comparison, table).items()),
@@ -104,3 +113,22 @@ def _html(comparison: Comparison, table: Table) -> str:
         config=json.dumps(config.settings() | asdict(comparison.measure), indent=1),
         runs=[(arm, " ".join(r.run_id for r in records)) for arm, records in comparison.records.items()],
     )
+
+
+def _methods(config: CompareConfig) -> str:
+    named = dict.fromkeys(arm.method or config.method for arm in config.arms if arm.rho)
+    return ", ".join(named)
+
+
+def _by_method(table: Table) -> dict[str, Any]:
+    """Columns, and for each method its lines: the name of the line and its cells."""
+    text = methods_shown(table)
+    if text is None:
+        return {}
+    lines = {
+        method: [
+            (line, list(cells)) for line, cells in zip(part.index.get_level_values(1), part.to_numpy(), strict=True)
+        ]
+        for method, part in text.groupby(level=0, sort=False)
+    }
+    return {"columns": list(text.columns), "methods": lines}

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from experiments.checkpoint import save_checkpoint
+from experiments.store import writing_to
 from masks.errors import InputError
 
 VERSION = 1
@@ -33,12 +34,19 @@ class Checkpointing:
         every: epochs between checkpoints; 0 for none by epochs.
         minutes: minutes between checkpoints, counted on the wall; infinity for none by time.
         stop: asked after every step; once it is true, the run is saved and :class:`Interrupted` raised.
+        run: name of the run; the checkpoint of another one is refused.
+        made_by: what must not change in the middle of a run, such as the version of the code; a checkpoint that
+            was made by something else is not used.
+        notes: what was found wrong with the file, for the user.
     """
 
     path: Path
     every: int = 0
     minutes: float = float("inf")
     stop: Callable[[], bool] = _never
+    run: str = ""
+    made_by: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
     _saved: float = field(default_factory=time.monotonic, repr=False)
 
     def due(self, epochs_done: int, *, epoch_end: bool) -> bool:
@@ -52,22 +60,34 @@ class Checkpointing:
         Raises:
             InputError: it cannot be written.
         """
-        try:
-            save_checkpoint(self.path, {"version": VERSION, **state})
-        except (OSError, RuntimeError) as error:  # torch raises RuntimeError where the disk is full
-            reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-            raise InputError(f"cannot write the checkpoint {self.path}: {reason}") from None
+        head = {"version": VERSION, "of": self.run, "made_by": self.made_by}
+        with writing_to(self.path.parent):
+            save_checkpoint(self.path, {**head, **state})
         self._saved = time.monotonic()
 
     def load(self) -> dict[str, Any] | None:
-        """What was saved, or None: nothing, or a file that is damaged, which is then not used."""
+        """What was saved, or None: nothing, or a file that cannot be used, see ``notes``.
+
+        Raises:
+            InputError: it is of another run.
+        """
         if not self.path.exists():
             return None
         try:
             state = torch.load(self.path, map_location="cpu", weights_only=True)
-        except Exception:  # the restricted unpickler raises whatever a damaged file leads it into
+            found = state["version"], state["of"], state["made_by"]
+        except Exception as error:  # the restricted unpickler raises whatever a damaged file leads it into
+            self._ignore(f"is damaged ({type(error).__name__})")
             return None
-        return state if isinstance(state, dict) and state.get("version") == VERSION else None
+        if found[1] != self.run:
+            raise InputError(f"{self.path} is the checkpoint of another run ({found[1]}); move it away to start anew")
+        if found[0] != VERSION or found[2] != self.made_by:
+            self._ignore("was made by another version of the code or on another kind of device")
+            return None
+        return dict(state)
+
+    def _ignore(self, why: str) -> None:
+        self.notes.append(f"the checkpoint {self.path} {why}; the run starts anew")
 
 
 def rng_state(device: torch.device) -> list[torch.Tensor]:

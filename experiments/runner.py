@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from tqdm import tqdm
 from experiments.executors.base import Executor
 from experiments.record import RunRecord
 from experiments.store import Store
-from experiments.worker import Job, Outcome, Task
+from experiments.worker import Job, Outcome, Task, raise_interrupted
 from masks.errors import InputError
 
 _MOST_DEATHS = 10
@@ -61,6 +62,7 @@ class Runner:
 
     def __init__(self, folder: Path, executor: Executor, policy: Policy | None = None) -> None:
         self.store, self.executor, self.policy = Store(folder), executor, policy or Policy()
+        self.store.prepare()
 
     def __enter__(self) -> Runner:
         return self
@@ -79,14 +81,15 @@ class Runner:
         Raises:
             InputError: what a run asked for cannot be had, or the store cannot be written; finished runs are kept.
             RunFailed: runs failed otherwise, as often as the policy allows; the others are finished first.
-            KeyboardInterrupt: a run was stopped from outside.
+            KeyboardInterrupt: a run was stopped from outside, on request.
         """
         todo = {job.run_id: job for job in jobs}
         records: dict[str, RunRecord] = {}
         tries: Counter[str] = Counter()
         deaths: Counter[str] = Counter()
         failures: list[str] = []
-        with tqdm(total=len(todo), desc=label, unit="run", disable=self.policy.quiet, dynamic_ncols=True) as bar:
+        quiet = self.policy.quiet or not jobs
+        with tqdm(total=len(todo), desc=label, unit="run", disable=quiet, dynamic_ncols=True) as bar:
             self._collect(todo, records, bar)
             while todo:
                 before = len(todo)
@@ -97,7 +100,7 @@ class Runner:
                         continue
                     job, outcome = ended[0].job, ended[1]
                     for note in outcome.notes:
-                        bar.write(f"sam-masks: warning: {note}")
+                        bar.write(f"sam-masks: warning: {note}", file=sys.stderr)
                     if outcome.kind == "done":
                         del todo[job.run_id]
                         records[job.run_id] = self._record(job)
@@ -126,7 +129,7 @@ class Runner:
     def _collect(self, todo: dict[str, Job], records: dict[str, RunRecord], bar: tqdm[Any]) -> None:
         """Take what is complete already; a damaged record is left to the process that does the run again."""
         for run_id, job in list(todo.items()):
-            if not self.store.is_complete(run_id):
+            if not self.store.is_complete(job.name):
                 continue
             try:
                 records[run_id] = self._record(job)
@@ -136,7 +139,7 @@ class Runner:
             bar.update()
 
     def _record(self, job: Job) -> RunRecord:
-        record = self.store.read(job.run_id, config=asdict(job.config))
+        record = self.store.read(job.name, config=asdict(job.config))
         if record is None:
             raise InputError(f"the record of run {job.run_id} has gone from {self.store.folder}")
         return record
@@ -146,12 +149,12 @@ class Runner:
 
         Raises:
             InputError: the user's error.
-            KeyboardInterrupt: it was stopped from outside.
+            KeyboardInterrupt: it was stopped from outside, on request.
         """
         if outcome.kind == "refused":
             raise InputError(f"arm {job.arm}: {outcome.text}")
         if outcome.kind == "interrupted":
-            raise KeyboardInterrupt
+            raise_interrupted(outcome)
         if outcome.kind == "failed":
             tries[job.run_id] += 1
             return tries[job.run_id] > self.policy.retries

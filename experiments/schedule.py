@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-import json
 import re
+import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,10 +14,17 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ConstantLR, CosineAnnealingLR, LinearLR, LRScheduler, MultiStepLR, SequentialLR
 
 from masks.errors import InputError, unknown_name
-from masks.options import option_text, parse_options
+from masks.options import Option, option_text, parse_options
 
-_OWN = ("lr", "weight_decay", "momentum", "params", "fused")
-"""Arguments that a run's own settings decide."""
+_OWN = ("lr", "weight_decay")
+"""Arguments that a run's own settings decide; the momentum of SGD besides."""
+_NOT_OFFERED = ("params", "fused", "capturable", "differentiable")
+"""Arguments that no run needs: decided by the device, or for CUDA graphs and derivatives of a step."""
+_REFUSED = {
+    "lbfgs": "its step is more than one gradient",
+    "sparseadam": "it takes sparse gradients only",
+    "adadelta": "it has a hyperparameter rho of its own, which would be taken for SAM's radius",
+}
 
 
 def _optimizers() -> dict[str, type[Optimizer]]:
@@ -36,7 +43,7 @@ class OptimizerSpec:
 
     Attributes:
         name: lower-case name of the class.
-        options: arguments beside learning rate, weight decay and the momentum of SGD.
+        options: arguments beside learning rate, weight decay and the momentum of SGD, those at their default left out.
     """
 
     name: str
@@ -47,17 +54,28 @@ class OptimizerSpec:
         """Read ``name[:option=value...]``, such as ``adamw:betas=0.9+0.95`` or ``sgd:nesterov=true``.
 
         Raises:
-            InputError: an unknown class, or an option that it does not have or that the run's settings decide.
+            InputError: an unknown class, one that SAM cannot be put around, or an option that the class does not have,
+                that the run's settings decide, or that is of another type.
         """
-        name, given = parse_options(text, "optimizer")
+        name, given = parse_options(text.lower(), "optimizer")
         classes = _optimizers()
-        if name.lower() not in classes:
-            raise InputError(unknown_name("optimizer", name, classes))
-        known = [key for key in inspect.signature(classes[name.lower()]).parameters if key not in _OWN]
+        if name not in classes:
+            raise InputError(unknown_name("optimizer", name, [known for known in classes if known not in _REFUSED]))
+        if name in _REFUSED:
+            raise InputError(f"optimizer {name} cannot be the base optimizer: {_REFUSED[name]}")
+        hints, defaults = typing.get_type_hints(classes[name].__init__), inspect.signature(classes[name]).parameters
+        own = {*_OWN, "momentum"} if name == "sgd" else {*_OWN}
+        known = [key for key in defaults if key not in own.union(_NOT_OFFERED)]
         for key in given:
+            if key in own:
+                raise InputError(f"{key} is a setting of the run; leave it out of optimizer {text}")
             if key not in known:
                 raise InputError(unknown_name(f"option of optimizer {name}", key, known))
-        return cls(name.lower(), {key: _value(value) for key, value in given.items()})
+        options = {
+            key: Option(key, hints[key], defaults[key].default).convert(given[key], f"optimizer {name}")
+            for key in sorted(given)
+        }
+        return cls(name, {key: value for key, value in options.items() if value != defaults[key].default})
 
     def __str__(self) -> str:
         return self.name + "".join(f":{key}={option_text(value)}" for key, value in self.options.items())
@@ -88,21 +106,9 @@ class OptimizerSpec:
             arguments["fused"] = True
         try:
             optimizer: Optimizer = cls(groups, **arguments)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RuntimeError) as error:
             raise InputError(f"optimizer {self}: {' '.join(str(error).split())}") from None
         return optimizer
-
-
-def _value(text: str) -> Any:
-    """A number, true, false, none, or several numbers joined by "+"."""
-    if "+" in text.strip("+") and not re.search(r"e\+", text):
-        return tuple(map(_value, text.split("+")))
-    if text == "none":
-        return None
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
 
 
 def scheduler(optimizer: Optimizer, kind: str, steps: int, warmup: int) -> LRScheduler:

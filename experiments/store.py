@@ -5,9 +5,9 @@
     STORE/RUN_ID/result.json       what configuration and seed determine: the same bytes when made again
     STORE/RUN_ID/telemetry.json    what they do not: times, host, attempts
     STORE/RUN_ID/mask.npz          the final mask, and further files of the run
-    STORE/RUN_ID.work/             of a run that is not finished: its checkpoint and attempts
+    STORE/RUN_ID.work/             of a run that is not finished: its lock, checkpoint, attempts and last failure
+    STORE/RUN_ID.partial/          of a process that died while it wrote a record
     STORE/RUN_ID.damaged-N/        a record that could not be read, set aside
-    STORE/.locks/RUN_ID            held while somebody works on the run
 
 A run is written to ``RUN_ID.partial`` and renamed, so completed means renamed. Locks are those of the operating
 system (library filelock): a process that dies lets go of them, on a network file system if its server supports locks.
@@ -20,7 +20,7 @@ import os
 import shutil
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,10 +31,10 @@ import filelock
 from experiments.record import RunRecord, write_text
 from masks.errors import InputError
 
-RESULT, TELEMETRY, WORK, PARTIAL, DAMAGED = "result.json", "telemetry.json", ".work", ".partial", ".damaged-"
+RESULT, TELEMETRY, CHECKPOINT = "result.json", "telemetry.json", "checkpoint.pt"
+WORK, PARTIAL, DAMAGED = ".work", ".partial", ".damaged-"
 SCHEMA = "sam-masks/run/2"
-_FAILURE = "failure.json"
-_ATTEMPTS = "attempts.json"
+_LOCK, _FAILURE, _ATTEMPTS = "lock", "failure.json", "attempts.json"
 
 
 class Busy(Exception):
@@ -61,91 +61,84 @@ class Failure:
 
 
 class Store:
-    """A folder of runs.
+    """A folder of runs. Nothing is written before something is asked to be.
 
     Args:
-        folder: made if it is not there.
-
-    Raises:
-        InputError: it cannot be made or written to.
+        folder: made when it is first written to.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        with writing_to(folder):
-            (folder / ".locks").mkdir(parents=True, exist_ok=True)
+
+    def prepare(self) -> None:
+        """Make the folder, and remove what processes that died left of runs that are complete.
+
+        Raises:
+            InputError: it cannot be made or written to.
+        """
+        with writing_to(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        for name in unfinished(self.folder):
+            if self.is_complete(name):
+                try:
+                    with self.working_on(name):
+                        pass
+                except Busy:
+                    pass
 
     # -- reading --------------------------------------------------------------------------------------------
 
-    def read(self, run_id: str, *, config: dict[str, Any] | None = None) -> RunRecord | None:
-        """The record of a completed run, or None; a damaged one counts as not there, see :meth:`set_aside`.
+    def is_complete(self, name: str) -> bool:
+        """Whether there is a record, damaged or not; an empty folder is none."""
+        path = self.folder / name
+        return path.is_dir() and any(os.scandir(path))
+
+    def read(self, name: str, *, config: dict[str, Any] | None = None) -> RunRecord | None:
+        """The record of a completed run, or None where there is none.
 
         Args:
-            run_id: its name.
+            name: of its folder.
             config: refuse a record of another configuration.
 
         Raises:
-            InputError: the record is of another configuration (two configurations with one name: never by chance).
+            InputError: the record is damaged or of another schema or configuration; see :meth:`set_aside`.
         """
-        path = self.folder / run_id
-        if not path.is_dir():
+        if not self.is_complete(name):
             return None
-        record = read_run(path)
-        if config is not None and record.config != config:
-            raise InputError(f"{path} is the record of another run ({record.run_id}); move it away")
+        record = read_run(self.folder / name)
+        if config is not None and record.config != json.loads(json.dumps(config)):
+            raise InputError(f"{self.folder / name} is the record of another run ({record.run_id})")
         return record
-
-    def set_aside(self, run_id: str) -> Path:
-        """Rename a damaged record, so that the run is made again and nothing is lost; returns where it went."""
-        n = 1
-        while (aside := self.folder / f"{run_id}{DAMAGED}{n}").exists():
-            n += 1
-        with writing_to(self.folder):
-            os.rename(self.folder / run_id, aside)
-        return aside
-
-    def is_complete(self, run_id: str) -> bool:
-        return (self.folder / run_id).is_dir()
-
-    def completed(self) -> list[str]:
-        """Names of all completed runs, sorted."""
-        return sorted(entry.name for entry in os.scandir(self.folder) if entry.is_dir() and "." not in entry.name)
-
-    def failures(self) -> list[Failure]:
-        """Runs whose last attempt failed and that were not completed since, sorted by name."""
-        out = []
-        for path in sorted(self.folder.glob(f"*{WORK}/{_FAILURE}")):
-            with suppress(OSError, ValueError, TypeError):
-                out.append(Failure(**json.loads(path.read_text(encoding="utf-8"))))
-        return out
 
     # -- one run ----------------------------------------------------------------------------------------------
 
     @contextmanager
-    def working_on(self, run_id: str) -> Iterator[Path]:
-        """Hold the run's lock; gives the folder for what is to survive a crash.
+    def working_on(self, name: str) -> Iterator[Path]:
+        """Hold the run's lock; gives the folder for what is to survive a crash, which is gone once it is not needed.
 
         Raises:
             Busy: another process holds it.
             InputError: the folder cannot be written to.
         """
-        lock = filelock.FileLock(self.folder / ".locks" / run_id, timeout=0)
-        try:
-            with writing_to(self.folder):
+        work = self.folder / (name + WORK)
+        # A soft lock would outlive a process that dies: where there are no others, that is said.
+        lock = filelock.FileLock(work / _LOCK, timeout=0, fallback_to_soft=False)
+        with writing_to(self.folder):
+            work.mkdir(parents=True, exist_ok=True)
+            try:
                 lock.acquire()
-        except filelock.Timeout:
-            raise Busy(run_id) from None
+            except (filelock.Timeout, FileNotFoundError):  # held, or just removed by who held it
+                raise Busy(name) from None
         try:
-            work = self.folder / (run_id + WORK)
-            with writing_to(self.folder):
-                work.mkdir(exist_ok=True)
             yield work
         finally:
+            if self.is_complete(name) or not any((work / kept).exists() for kept in (CHECKPOINT, _FAILURE)):
+                shutil.rmtree(work, ignore_errors=True)
             lock.release()
 
-    def begin(self, run_id: str) -> int:
+    def begin(self, name: str) -> int:
         """Count an attempt at the run whose lock is held; returns its number, from 1."""
-        path = self.folder / (run_id + WORK) / _ATTEMPTS
+        path = self.folder / (name + WORK) / _ATTEMPTS
         try:
             attempt = int(json.loads(path.read_text(encoding="utf-8"))) + 1
         except (OSError, ValueError, TypeError):
@@ -154,35 +147,52 @@ class Store:
             write_text(path, f"{attempt}\n")
         return attempt
 
-    def fail(self, run_id: str, arm: str, error: str, attempts: int, config: dict[str, Any]) -> None:
+    def fail(self, name: str, failure: Failure) -> None:
         """Note why an attempt failed."""
-        path = self.folder / (run_id + WORK) / _FAILURE
         with writing_to(self.folder):
-            write_text(path, json.dumps(asdict(Failure(run_id, arm, error, attempts, config)), indent=1) + "\n")
+            write_text(self.folder / (name + WORK) / _FAILURE, json.dumps(asdict(failure), indent=1) + "\n")
 
-    def complete(self, record: RunRecord, attempts: int, *, files: Callable[[Path], None] | None = None) -> None:
-        """Keep a record: written to the side, then renamed. The lock must be held.
+    def set_aside(self, name: str) -> Path:
+        """Rename a damaged record whose lock is held, so that nothing is lost; returns where it went."""
+        n = 1
+        while (aside := self.folder / f"{name}{DAMAGED}{n}").exists():
+            n += 1
+        with writing_to(self.folder):
+            os.rename(self.folder / name, aside)
+        return aside
+
+    def complete(
+        self, name: str, record: RunRecord, attempts: int, *, files: Callable[[Path], None] | None = None
+    ) -> None:
+        """Keep the record of the run whose lock is held: written to the side, then renamed.
 
         Args:
+            name: of its folder.
             record: the run.
             attempts: how many it took.
             files: writes further files of the run into the folder that it is given.
+
+        Raises:
+            InputError: it cannot be written.
         """
-        aside = self.folder / (record.run_id + PARTIAL)
-        with writing_to(self.folder):
+        aside = self.folder / (name + PARTIAL)
+        telemetry = {
+            **record.telemetry,
+            "attempts": attempts,
+            "host": socket.gethostname(),
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        shutil.rmtree(aside, ignore_errors=True)
+        try:
+            with writing_to(self.folder):
+                aside.mkdir()
+                if files is not None:
+                    files(aside)
+                write_run(aside, record, telemetry)
+                os.rename(aside, self.folder / name)
+        except InputError:
             shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir()
-            if files is not None:
-                files(aside)
-            telemetry = {
-                **record.telemetry,
-                "attempts": attempts,
-                "host": socket.gethostname(),
-                "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-            }
-            write_run(aside, record, telemetry)
-            os.rename(aside, self.folder / record.run_id)
-            shutil.rmtree(self.folder / (record.run_id + WORK), ignore_errors=True)
+            raise
 
 
 def write_run(folder: Path, record: RunRecord, telemetry: dict[str, Any]) -> None:
@@ -212,13 +222,42 @@ def read_run(folder: Path) -> RunRecord:
             if part.pop("schema") != SCHEMA:
                 raise InputError(f"{folder} has another schema than {SCHEMA}")
         record = RunRecord(telemetry=telemetry, **content)
-        if record.run_id != folder.name.partition(".")[0]:
-            raise ValueError(f"it calls itself {record.run_id}")
+        if not all(isinstance(part, dict) for part in (record.config, record.result, record.environment)):
+            raise ValueError("a part is missing")
         return record
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{folder} is not the record of a run ({type(error).__name__}: {error})") from None
+
+
+def completed(folder: Path) -> list[str]:
+    """Names of the runs in a store that are complete, sorted."""
+    if not folder.is_dir():
+        return []
+    with os.scandir(folder) as entries:
+        return sorted(entry.name for entry in entries if entry.is_dir() and is_run(entry.name))
+
+
+def is_run(name: str) -> bool:
+    """Whether a folder of this name in a store is that of a complete run."""
+    return not name.startswith(".") and not name.endswith((WORK, PARTIAL)) and DAMAGED not in name
+
+
+def unfinished(folder: Path) -> list[str]:
+    """Names of the runs in a store that were begun and have something kept of them, sorted."""
+    if not folder.is_dir():
+        return []
+    with os.scandir(folder) as entries:
+        return sorted(entry.name.removesuffix(WORK) for entry in entries if entry.name.endswith(WORK))
+
+
+def read_failure(folder: Path, name: str) -> Failure | None:
+    """Why the last attempt at an unfinished run failed; None if it did not."""
+    try:
+        return Failure(**json.loads((folder / (name + WORK) / _FAILURE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def read_all(folder: Path) -> list[RunRecord]:
@@ -227,7 +266,7 @@ def read_all(folder: Path) -> list[RunRecord]:
     Raises:
         InputError: one of them cannot be read.
     """
-    return [read_run(folder / run_id) for run_id in Store(folder).completed()] if folder.is_dir() else []
+    return [read_run(folder / name) for name in completed(folder)]
 
 
 def _write_synced(path: Path, text: str) -> None:
@@ -243,8 +282,5 @@ def writing_to(folder: Path) -> Iterator[None]:
     """Turn what the operating system says of a folder (full disk, no permission) into one line."""
     try:
         yield
-    except (OSError, NotImplementedError) as error:
-        if isinstance(error, filelock.Timeout):
-            raise
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise InputError(f"cannot write to {folder}: {reason}; what is complete is kept") from None
+    except OSError as error:
+        raise InputError(f"cannot write to {folder}: {error.strerror or error}; what is complete is kept") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from masks.errors import InputError
 CONTROLS = ("train_error", "train_loss", "weight_norm")
 """Columns beside the metrics: of the final weights, on all training images with their labels as given."""
 
+INVERSE = "1/"
+
 
 @dataclass(frozen=True, eq=False)
 class Study:
@@ -31,10 +34,14 @@ class Study:
             are left out.
         arms: names of the arms in the order of the comparison; those with role "control" are in ``controls``.
         chosen: the radius of each arm that has one, chosen on validation data.
-        metrics: the metrics that all runs name, in full.
+        metrics: the metrics that all runs name, in full. All grow with sharpness: one of which a larger value means
+            flatter is replaced by its inverse, named 1/METRIC, nan where it is not positive.
+        settings: for each of these how it was measured: what all runs agree on, ``images`` (incomplete micro-batches
+            included), ``label_noise``, and ``data_digests`` by seed.
         trajectories: for each (arm, seed, rho) what was measured along training, the final weights last: rows like
             those of the frame, with column ``epoch``.
         left_out: the other pairs of arm and radius, and why they are left out.
+        codes: how many of the runs were made by each version of the code.
     """
 
     frame: pd.DataFrame
@@ -42,8 +49,10 @@ class Study:
     controls: frozenset[str]
     chosen: dict[str, float]
     metrics: tuple[str, ...]
+    settings: dict[str, dict[str, Any]]
     trajectories: dict[tuple[str, int, float], pd.DataFrame]
     left_out: dict[tuple[str, float], str]
+    codes: dict[str, int]
 
 
 def load_frame(folder: Path) -> pd.DataFrame:
@@ -70,15 +79,20 @@ def load_study(folder: Path) -> Study:
         if not report:
             raise InputError(f"{folder} holds no finished run of the report; let sam-masks compare finish first")
         kept, left_out = _complete(report)
-        metrics = tuple(dict.fromkeys(name for record in kept for name in record.result["metrics"]))
+        settings: dict[str, list[tuple[RunRecord, dict[str, Any]]]] = {}
+        for record in kept:
+            for name, found in record.result["metrics"].items():
+                settings.setdefault(_name(name, found["settings"]), []).append((record, found["settings"]))
         return Study(
             frame=pd.DataFrame([_row(record, record.result) for record in kept]),
             arms=tuple(arms),
             controls=frozenset(name for name, (role, _) in arms.items() if role == "control"),
             chosen=chosen,
-            metrics=metrics,
+            metrics=tuple(settings),
+            settings={name: _common(each) for name, each in settings.items()},
             trajectories={_key(record): _trajectory(record) for record in kept},
             left_out=left_out,
+            codes=dict(Counter(str(record.environment.get("code")) for record in kept)),
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(
@@ -136,9 +150,30 @@ def _row(record: RunRecord, result: dict[str, Any]) -> dict[str, Any]:
     arm, seed, rho = _key(record)
     row: dict[str, Any] = {"arm": arm, "seed": seed, "rho": rho, "test_error": 1 - record.result["test_accuracy"]}
     row |= {name: _number(result["fit"][name]) for name in (*CONTROLS, "train_error_clean")}
-    row |= {name: _number(found["value"]) for name, found in result["metrics"].items()}
-    row |= {name + REPEAT: _number(found["value"]) for name, found in result.get("metrics_repeat", {}).items()}
+    for suffix, taken in (("", result["metrics"]), (REPEAT, result.get("metrics_repeat", {}))):
+        for name, found in taken.items():
+            own, value = _name(name, found["settings"]), _number(found["value"])
+            row[own + suffix] = value if own == name else 1 / value if value > 0 else math.nan
     return row
+
+
+def _name(metric: str, settings: dict[str, Any]) -> str:
+    """The metric's column; records without a direction are of metrics that grow with sharpness."""
+    return INVERSE + metric if settings.get("direction", "sharper") == "flatter" else metric
+
+
+def _common(each: list[tuple[RunRecord, dict[str, Any]]]) -> dict[str, Any]:
+    """What all runs say of how a metric was measured."""
+    first = each[0][1]
+    common = {key: value for key, value in first.items() if all(one.get(key) == value for _, one in each)}
+    if "num_examples" in common:
+        common["images"] = common["num_examples"] + common.get("num_dropped", 0)
+    noise = {record.config.get("label_noise") for record, _ in each}
+    digests: dict[str, list[str]] = {}
+    for record, one in each:
+        if "data_digest" in one and one["data_digest"] not in digests.setdefault(str(record.config["seed"]), []):
+            digests[str(record.config["seed"])].append(one["data_digest"])
+    return {**common, "label_noise": noise.pop() if len(noise) == 1 else None, "data_digests": digests}
 
 
 def _trajectory(record: RunRecord) -> pd.DataFrame:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from experiments.config import BASELINE, Arm
 from experiments.measure import LAMBDA_MAX
 from experiments.record import RunRecord
 from masks import MaskSpec, Schedule
+from sam import MethodSpec
 
 ALPHA = 0.05
 EXACT_SEEDS = 16
@@ -268,6 +270,7 @@ def _notes(comparison: Comparison, rows: Sequence[Row]) -> list[str]:
         f"n = {config.seeds} seeds per arm (from {config.report_seeds().start} on), paired: same "
         "initial weights, data order, split and label noise in every arm.",
         *_mask_notes(comparison),
+        *_method_notes(comparison),
         f"{sizes['train_images']} training images of {config.data}, label noise "
         f"{comparison.records[BASELINE][0].config['label_noise']:g}; {sizes['test_images']} test images, "
         + ("the same for all seeds" if shared else "redrawn per seed")
@@ -304,7 +307,7 @@ def _mask_notes(comparison: Comparison) -> list[str]:
     if count is not None:
         source = f"as many as {config.match}" if config.density is None else f"density {config.density:g}"
         notes.append(f"Matched: every budgeted mask kept exactly {count:,} coordinates, {source}, in every run.")
-    specs = {arm.name: MaskSpec.parse(arm.mask) for arm in config.arms}
+    specs = {arm.name.removeprefix(f"{arm.method}/"): MaskSpec.parse(arm.mask) for arm in config.arms}
     other = [
         f"{name} is {spec}, built {_when(spec.schedule)}"
         for name, spec in specs.items()
@@ -313,6 +316,22 @@ def _mask_notes(comparison: Comparison) -> list[str]:
     if other:
         notes.append(f"Masks: {'; '.join(other)}; all others are built once, before the first step.")
     return notes
+
+
+def _method_notes(comparison: Comparison) -> list[str]:
+    methods, notes = _methods(comparison), []
+    if comparison.config.method != "sam":
+        notes.append(f"Method: {comparison.config.method}, in every arm with a mask that does not name another one.")
+    blind = [name for name, spec in methods.items() if spec.name == "momentum_sam"]
+    if blind:
+        notes.append(f"Ascent strength is not known (-) where L(w) is never computed: {', '.join(blind)}.")
+    return notes
+
+
+def _methods(comparison: Comparison) -> dict[str, MethodSpec]:
+    """The methods of the arms with a perturbation."""
+    config = comparison.config
+    return {arm.name: MethodSpec.parse(arm.method or config.method) for arm in config.arms if arm.rho}
 
 
 def _when(schedule: Schedule) -> str:
@@ -374,8 +393,22 @@ def _warnings(comparison: Comparison, rows: Sequence[Row], main: int, control: i
                 )
         if row.matched == "NO":
             out.append(f"NOT MATCHED: {row.arm.name} did not keep the same count in every run; see runs.csv.")
-    made = [{tuple(sorted(r.environment.items())) for r in rs} for rs in comparison.records.values()]
-    if len(set().union(*made)) > 1:
+    scaled = [name for name, spec in _methods(comparison).items() if spec.info.needs_model]
+    if scaled:
+        out.append(
+            f"OTHER INITIAL WEIGHTS: {', '.join(scaled)}: their initial weights and learning rates are scaled with the "
+            f"width, those of the arm {BASELINE} are not; their gains are also those of the scaling."
+        )
+    records = [record for found in comparison.records.values() for record in found]
+    codes = Counter(str(record.environment.get("code")) for record in records)
+    if len(codes) > 1:
+        out.append(
+            f"MIXED CODE: the runs were made by {len(codes)} versions of the code "
+            f"({', '.join(f'{code}: {n} runs' for code, n in sorted(codes.items()))}); make them again in another "
+            "folder before quoting their differences."
+        )
+    others = {tuple(sorted((k, v) for k, v in record.environment.items() if k != "code")) for record in records}
+    if len(others) > 1:
         out.append(
             "MIXED ENVIRONMENTS: the runs were made with different versions or devices (see their records); their "
             "seeds are then not paired bit for bit, and their costs do not compare."
@@ -384,8 +417,11 @@ def _warnings(comparison: Comparison, rows: Sequence[Row], main: int, control: i
 
 
 def frame(table: Table) -> pd.DataFrame:
-    """The table as numbers, one line per arm, for CSV files; fractions, not percent."""
-    return pd.DataFrame([_flat(row) for row in table.rows])
+    """The table as numbers, one line per arm, for CSV files; fractions, not percent. Methods where arms name them."""
+    numbers = pd.DataFrame([_flat(row) for row in table.rows])
+    if any(row.arm.method for row in table.rows):
+        numbers.insert(1, "method", [row.arm.method or None for row in table.rows])
+    return numbers
 
 
 def _flat(row: Row) -> dict[str, Any]:
@@ -434,42 +470,55 @@ def shown(table: Table) -> pd.DataFrame:
 
 
 def _text(row: Row) -> dict[str, str]:
-    def number(value: float | None, digits: int = 3) -> str:
-        return "-" if value is None or not math.isfinite(value) else f"{value:.{digits}g}"
-
-    def interval(value: Interval, scale: float, digits: int) -> str:
-        low, mid, high = (f"{scale * v:.{digits}f}" for v in (value.low, value.value, value.high))
-        return f"{mid} [{low}, {high}]" if math.isfinite(value.low) else f"{mid} [-]"
-
     def metric(value: Metric) -> str:
         if value.interval is None:
             return "-"
         # As many decimals as give the mean three significant digits.
         size = abs(value.interval.value)
         digits = min(6, max(0, 2 - math.floor(math.log10(size)))) if size else 3
-        return interval(value.interval, 1.0, digits) + (
+        return interval_text(value.interval, 1.0, digits) + (
             f" ({row.n - value.missing} of {row.n})" if value.missing else ""
         )
 
     gain = row.gain
-    gain_text = "-"
-    if gain is not None:
-        ends = f"[{100 * gain.low:+.1f}, {100 * gain.high:+.1f}]" if math.isfinite(gain.low) else "[-]"
-        gain_text = f"{100 * gain.mean_difference:+.1f} {ends}"
     cost = f"{row.cost:.2f}x" + ("" if row.predicted_cost is None else f" ({row.predicted_cost:.2f})")
     return {
         "arm": row.arm.name + (" (!)" if row.diverged else ""),
         "kept": f"{row.kept:,}",
         "density": f"{100 * row.density:.3g} %",
         "matched": row.matched,
-        "overlap": number(row.jaccard_norm, 2),
-        "rho": number(row.rho) + ("*" if row.rho_at_edge else ""),
-        "||eps||": number(row.radius),
-        "ascent": number(row.ascent),
-        "accuracy %": interval(row.accuracy, 100.0, 1),
-        "gain": gain_text,
+        "overlap": _number(row.jaccard_norm, 2),
+        "rho": rho_text(row),
+        "||eps||": _number(row.radius),
+        "ascent": _number(row.ascent),
+        "accuracy %": interval_text(row.accuracy, 100.0, 1),
+        "gain": gain_text(row),
         "p Holm": "-" if gain is None else f"{gain.p_holm:.3f}" if gain.p_holm >= 0.0005 else "<0.001",
         "lambda_max": metric(row.lambda_max),
         "m-sharpness": metric(row.m_sharpness),
         "cost (predicted)": cost,
     }
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "-" if value is None or not math.isfinite(value) else f"{value:.{digits}g}"
+
+
+def interval_text(value: Interval, scale: float, digits: int) -> str:
+    """``mid [low, high]``, or ``mid [-]`` where there is no interval."""
+    low, mid, high = (f"{scale * v:.{digits}f}" for v in (value.low, value.value, value.high))
+    return f"{mid} [{low}, {high}]" if math.isfinite(value.low) else f"{mid} [-]"
+
+
+def gain_text(row: Row) -> str:
+    """The gain in percentage points with its interval; ``-`` for the baseline."""
+    gain = row.gain
+    if gain is None:
+        return "-"
+    ends = f"[{100 * gain.low:+.1f}, {100 * gain.high:+.1f}]" if math.isfinite(gain.low) else "[-]"
+    return f"{100 * gain.mean_difference:+.1f} {ends}"
+
+
+def rho_text(row: Row) -> str:
+    """The radius; a star at the edge of its grid."""
+    return _number(row.rho) + ("*" if row.rho_at_edge else "")

@@ -9,8 +9,10 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from experiments.augment import Augmentation, Augmenter
 from experiments.build import (
     base_optimizer,
     batches_of,
@@ -21,16 +23,18 @@ from experiments.build import (
     load_cached,
     load_weights,
     norm_mask,
+    prepared_method,
     sample_of,
     split_of,
 )
 from experiments.config import RunConfig
 from experiments.resume import Checkpointing, Interrupted, rng_state, set_rng_state
+from experiments.schedule import scheduler
 from experiments.seeds import derive_seed
 from experiments.split import Split
-from masks import BuilderError, Mask, MaskContext, MaskError, MaskSpec, ParamTable, cross_entropy
+from masks import BuilderError, Mask, MaskContext, MaskError, MaskSpec, ParamTable
 from masks.errors import InputError
-from sam import SAM
+from sam import SAM, RadiusFollowsLR
 
 
 @dataclass(frozen=True)
@@ -39,13 +43,14 @@ class Epoch:
 
     Attributes:
         loss: training loss L(w) at the steps of the epoch.
-        ascent: ascent strength L(w + eps) - L(w).
+        ascent: ascent strength L(w + eps) - L(w); None for a method that does not compute L(w), whose loss is then
+            that at w + eps.
         radius: ||eps||_2.
         observed: what was measured on the weights after the epoch; None where nothing was.
     """
 
     loss: float
-    ascent: float
+    ascent: float | None
     radius: float
     observed: dict[str, Any] | None = None
 
@@ -140,6 +145,7 @@ class Training:
         self.x = self.split.train_x.to(device, memory_format=torch.channels_last)
         self.y = self.split.train_y.to(device)
         self.model = initial_model(config, data)
+        method, mup_base = prepared_method(config, self.model, data)
         if initial is not None:
             load_weights(self.model, initial)
         # Convolutions on CPUs and tensor cores are faster with the channels last; other models are not affected.
@@ -149,16 +155,29 @@ class Training:
         self.budget = budget_of(config, self.spec, self.model)
         self.norm = norm_mask(self.table)
         self.sam = SAM(
-            base_optimizer(config, self.model, device),
+            base_optimizer(config, self.model, device, mup_base),
             self.model,
             mask=Mask(self.table, (False,) * len(self.table)),
             rho=config.rho,
-            rule=config.sam_rule(),
-            norm_scope=config.norm_scope,
+            method=method,
+            norm_scope=config.norm_scope or "masked",
             norm_statistics=config.norm_statistics,
+            clip_grad_norm=config.clip_grad_norm,
+            seed=derive_seed(config.seed, "method"),
         )
         self.steps = number_of_steps(config, len(self.x))
-        self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.sam, T_max=self.steps)
+        self.scheduler = scheduler(self.sam, config.schedule, self.steps, config.warmup * self.steps // config.epochs)
+        self.radius = None
+        if config.rho_min is not None and config.lr > 0:
+            self.radius = RadiusFollowsLR(self.sam, rho_max=config.rho, rho_min=config.rho_min, lr_max=config.lr)
+        self.window = config.window()
+        self.augment = Augmenter(
+            Augmentation.parse(config.augment),
+            self.x,
+            self.split.mean,
+            self.split.std,
+            derive_seed(config.seed, "augment"),
+        )
         self.scored = sample_of(self.split, config.score_images, config.seed, device)
         self.order = torch.Generator().manual_seed(derive_seed(config.seed, "order"))
         self.epoch_order = self.order.get_state()
@@ -186,7 +205,7 @@ class Training:
                 if self.step_in_epoch < len(batches) and checkpoints is not None:
                     self._maybe_save(checkpoints, epoch_end=False)
             self._end_epoch()
-            if checkpoints is not None and self.epoch < self.config.epochs:
+            if checkpoints is not None:  # after the last epoch, too: what is measured then may take long
                 self._maybe_save(checkpoints, epoch_end=True)
 
     def _batches(self) -> list[Tensor]:
@@ -201,19 +220,27 @@ class Training:
     def _step(self, index: Tensor) -> None:
         if self.spec.schedule.due(self.epoch, self.step, epoch_start=self.step_in_epoch == 0):
             self._build_mask()
-        self.sam.step_on(self._loss, (self.x[index], self.y[index]))
+        self.sam.enabled = self.epoch in self.window
+        self.sam.step_on(self._loss, (self.augment(self.x[index]), self.y[index]))
         self.scheduler.step()
+        if self.radius is not None:
+            self.radius.step()
         last = self.sam.stats
         if last is not None:
-            self.stats.append(torch.stack((last.loss.double(), last.ascent.double(), last.radius.double())))
+            values = last.loss, last.perturbed_loss, last.ascent, last.radius
+            self.stats.append(torch.stack([value.double() for value in values]))
         self.step += 1
         self.step_in_epoch += 1
 
     def _loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        return cross_entropy(self.model(batch[0]), batch[1])
+        smoothing = self.config.label_smoothing
+        return F.cross_entropy(self.model(batch[0]), batch[1], reduction="none", label_smoothing=smoothing)
 
     def _end_epoch(self) -> None:
-        self.history.append(Epoch(*torch.stack(self.stats).mean(0).tolist()))
+        loss, perturbed, ascent, radius = torch.stack(self.stats).mean(0).tolist()
+        # Momentum-SAM never computes L(w): its loss is that at w + eps, and its ascent strength is not known.
+        knows_loss = self.config.method.partition(":")[0] != "momentum_sam"
+        self.history.append(Epoch(loss if knows_loss else perturbed, ascent if knows_loss else None, radius))
         self.stats = []
         if self.observer and self.epoch + 1 < self.config.epochs and self.config.measures_after(self.epoch):
             before = self.clock()
@@ -246,6 +273,10 @@ class Training:
             if self.step == 0 or (finite and isinstance(error, BuilderError)):
                 raise
             failure = str(error)
+        if not mask.num_kept and failure is None and self.spec.name != "none":
+            raise InputError(
+                f"mask {self.spec} keeps none of the {mask.numel} trainable coordinates; to perturb nothing, use none"
+            )
         self.builds.append(
             MaskBuild(
                 epoch=self.epoch,
@@ -286,6 +317,7 @@ class Training:
             "stats": self.stats,
             # JSON keeps every double as it is.
             "log": json.dumps([[asdict(e) for e in self.history], [asdict(b) for b in self.builds], self.seconds]),
+            "augment": self.augment.generator.get_state(),
             "rng": rng_state(self.device),
         }
 
@@ -306,6 +338,7 @@ class Training:
         history, builds, self.seconds = json.loads(state["log"])
         self.history = [Epoch(**epoch) for epoch in history]
         self.builds = [MaskBuild(**build) for build in builds]
+        self.augment.generator.set_state(state["augment"])
         set_rng_state(state["rng"], self.device)
 
 
@@ -373,13 +406,20 @@ def number_of_steps(config: RunConfig, n_train: int) -> int:
     return steps
 
 
+def _epoch(epoch: Epoch) -> dict[str, Any]:
+    values = asdict(epoch)
+    if epoch.observed is None:
+        del values["observed"]
+    return values
+
+
 def result_of(trained: Trained) -> dict[str, Any]:
     """The deterministic part of a run's record, without measurements of the final weights."""
     return {
         "val_accuracy": trained.val_accuracy,
         "diverged": trained.diverged,
         "skipped_steps": trained.skipped_steps,
-        "history": [{k: v for k, v in asdict(epoch).items() if v is not None} for epoch in trained.history],
+        "history": [_epoch(epoch) for epoch in trained.history],
         "mask_builds": [asdict(build) for build in trained.builds],
         "data_digest": trained.split.digest,
         "test_is_shared": trained.split.test_is_shared,

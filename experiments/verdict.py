@@ -19,12 +19,17 @@ from analysis.verdict import Verdict, verdict, verdicts
 from experiments.config import BASELINE
 from experiments.equal_loss import NotReached, at_equal_loss
 from experiments.record import finite
-from experiments.study import Study, load_frame, load_study
+from experiments.study import INVERSE, Study, load_frame, load_study
 from masks.errors import InputError, unknown_name
 
 __all__ = ["Judgement", "VerdictOptions", "as_json", "as_text", "judge", "load_frame"]
 
 At = Literal["end", "equal_train_loss"]
+NAMED_M, NAMED_IMAGES = 128, 1024
+RANKS = (
+    "Kendall's tau, and Spearman's rho given the controls, with test error and gap, all arms (above 0: sharper is "
+    "worse;\ngap: test error minus train error on the labels named)"
+)
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,9 @@ class Judgement:
         at: "end" or "equal_train_loss".
         chosen: the radius of each arm, chosen on validation data.
         verdicts: one for each contrast that could be judged.
+        measured: how the primary metric was measured; see :class:`experiments.study.Study`.
         levels: the training loss at which a contrast was compared, by "arm-reference"; empty at the end.
+        epochs: the first and the last epoch at whose end a run had reached it, likewise.
         not_decided: why a contrast could not be judged, likewise.
         notes: what was left out of the study, and what it cannot show.
     """
@@ -75,7 +82,9 @@ class Judgement:
     at: str
     chosen: dict[str, float]
     verdicts: tuple[Verdict, ...]
+    measured: dict[str, Any]
     levels: dict[str, float]
+    epochs: dict[str, tuple[int, int]]
     not_decided: dict[str, str]
     notes: tuple[str, ...]
 
@@ -114,14 +123,14 @@ def judge(
     pairs = [_pair(study, text) for text in contrasts] or _default_contrasts(study)
     for arm in dict.fromkeys(arm for pair in pairs for arm in pair):
         _check_chosen(study, arm)
-    others = [m for m in study.metrics if m != metric] if secondary is None else list(secondary)
-    for name in others:
-        if name not in study.metrics:
-            raise InputError(unknown_name("metric of the runs", name, study.metrics))
+    others = [_known(study, name) for name in secondary or ()]
+    if secondary is None:
+        others = [m for m in study.metrics if m != metric]
     settings: dict[str, Any] = {
         "primary": metric, "secondary": others, "chosen": study.chosen, "margin": margin, "alpha": alpha
     }  # fmt: skip
     levels: dict[str, float] = {}
+    epochs: dict[str, tuple[int, int]] = {}
     not_decided: dict[str, str] = {}
     if at == "end":
         found = verdicts(study.frame, pairs, resamples=resamples, **settings)
@@ -129,10 +138,11 @@ def judge(
         judged = []
         for arm, reference in pairs:
             try:
-                frame, levels[f"{arm}-{reference}"] = at_equal_loss(study, (arm, reference))
+                frame, level, when = at_equal_loss(study, (arm, reference))
             except NotReached as error:
                 not_decided[f"{arm}-{reference}"] = str(error)
                 continue
+            levels[f"{arm}-{reference}"], epochs[f"{arm}-{reference}"] = level, when
             judged.append(
                 verdict(frame, arm=arm, reference=reference, num_contrasts=len(pairs), resamples=0, **settings)
             )
@@ -143,22 +153,37 @@ def judge(
         at=at,
         chosen=study.chosen,
         verdicts=found,
+        measured=study.settings[metric],
         levels=levels,
+        epochs=epochs,
         not_decided=not_decided,
         notes=tuple(_limits(study, metric, pairs)),
     )
 
 
 def _primary(study: Study, name: str | None) -> str:
-    metric = name or PRIMARY
-    if metric in study.metrics:
-        return metric
     if name is not None:
-        raise InputError(unknown_name("metric of the runs", name, study.metrics))
+        metric = _known(study, name)
+        if metric.startswith(INVERSE) and study.frame[metric].isna().any():
+            raise InputError(
+                f"larger {name} is flatter, so the verdict needs its inverse, and it is not positive in "
+                f"{int(study.frame[metric].isna().sum())} of {len(study.frame)} runs; name another one with --primary"
+            )
+        return metric
+    if PRIMARY in study.metrics:
+        return PRIMARY
     raise InputError(
         f"the runs lack the primary metric {PRIMARY} (compare measures it with --metrics {PRIMARY} --sharpness-m 128 "
         f"--images 1024); they have {', '.join(study.metrics)}: name one with --primary"
     )
+
+
+def _known(study: Study, name: str) -> str:
+    """The metric's column: its inverse, where larger is flatter."""
+    metric = INVERSE + name if INVERSE + name in study.metrics else name
+    if metric not in study.metrics:
+        raise InputError(unknown_name("metric of the runs", name, study.metrics))
+    return metric
 
 
 def _pair(study: Study, text: str) -> tuple[str, str]:
@@ -192,6 +217,10 @@ def _check_chosen(study: Study, arm: str) -> None:
 def _limits(study: Study, metric: str, pairs: Sequence[tuple[str, str]]) -> list[str]:
     """What is left out of the study, and what it was not made for."""
     notes = [f"LEFT OUT: {arm} at rho {rho:g}: {why}" for (arm, rho), why in study.left_out.items()]
+    if len(study.codes) > 1:
+        made = ", ".join(f"{code}: {n} runs" for code, n in sorted(study.codes.items()))
+        notes.append(f"MIXED CODE: the runs were made by {len(study.codes)} versions of the code ({made})")
+    notes += _measured_notes(study, metric)
     arms = dict.fromkeys(arm for pair in pairs for arm in pair)
     radii = {arm: study.frame.loc[study.frame["arm"] == arm, "rho"].nunique() for arm in arms if arm in study.chosen}
     single = [arm for arm, number in radii.items() if number < 2]
@@ -208,6 +237,36 @@ def _limits(study: Study, metric: str, pairs: Sequence[tuple[str, str]]) -> list
     return notes
 
 
+def _measured_notes(study: Study, metric: str) -> list[str]:
+    """Where the primary metric is not the one named beforehand, or not measured alike."""
+    how = study.settings[metric]
+    notes = []
+    if (metric, how.get("m"), how.get("images")) != (PRIMARY, NAMED_M, NAMED_IMAGES):
+        notes.append(
+            f"NOT AS NAMED: the primary metric named beforehand is {PRIMARY}, m = {NAMED_M} on {NAMED_IMAGES:,} "
+            f"images; here {metric}, {_sizes(how)}"
+        )
+    mixed = [seed for seed, digests in how["data_digests"].items() if len(digests) > 1]
+    if mixed:
+        notes.append(f"MIXED DATA: runs of seed {', '.join(mixed)} were measured on different images")
+    return notes
+
+
+def _sizes(how: dict[str, Any]) -> str:
+    size = f"m = {how['m']}" if "m" in how else "m not in the records"
+    return f"{size} on {how['images']:,} training images" if "images" in how else f"{size}, images not in the records"
+
+
+def describe_primary(judgement: Judgement) -> str:
+    """What the primary metric was measured on, in one line."""
+    how = judgement.measured
+    noise = how.get("label_noise")
+    labels = "as given" + ("" if noise is None else f" ({100 * noise:g} % redrawn at random)")
+    digests = [digest[:8] for found in how["data_digests"].values() for digest in found]
+    data = f"; data {', '.join(digests)}, by seed" if digests else ""
+    return f"Primary metric {judgement.primary}: {_sizes(how)}, labels {labels}{data}."
+
+
 def as_json(judgement: Judgement) -> Any:
     """Everything in plain values; numbers that are not finite are None."""
     return finite(asdict(judgement))
@@ -216,21 +275,30 @@ def as_json(judgement: Judgement) -> Any:
 def as_text(judgement: Judgement) -> str:
     """The verdicts, the table of tests, reliability, rank correlations, assumptions and notes."""
     found = judgement.verdicts
-    blocks = []
+    blocks = [describe_primary(judgement)]
     for one in found:
         name = f"{one.arm}-{one.reference}"
         level = judgement.levels.get(name)
-        where = [] if level is None else [f"Sharpness where the run reached training loss {level:.4g}."]
+        where = []
+        if level is not None:
+            first, last = judgement.epochs[name]
+            where = [
+                f"Sharpness where the run reached training loss {level:.4g} (epochs {first} to {last}); test error of "
+                "the final weights."
+            ]
         blocks.append("\n".join([one.lines[0], *where, *one.lines[1:]]))
     blocks += [f"{name}: NOT DECIDED.\nBecause {reason}." for name, reason in judgement.not_decided.items()]
     if found:
-        blocks.append(f"Tests ({100 * found[0].confidence:g} % intervals)\n{_plain(tests(judgement))}")
+        family = "p Holm: over contrasts, for secondary metrics over contrasts and metrics."
+        if judgement.at != "end":
+            family = "p Bonferroni: times the number of contrasts, for secondary metrics after Holm over metrics."
+        blocks.append(f"Tests ({100 * found[0].confidence:g} % intervals)\n{_plain(tests(judgement))}\n{family}")
         reliable = reliabilities(judgement)
         if len(reliable):
             blocks.append(f"Test-retest reliability (disjoint images, other probe seed)\n{_plain(reliable)}")
         ranks = correlations(judgement)
         if len(ranks):
-            blocks.append(f"Kendall's tau with the test error, all arms (above 0: sharper is worse)\n{_plain(ranks)}")
+            blocks.append(f"{RANKS}\n{_plain(ranks)}")
         blocks.append("\n".join(["Assumptions", *(f"- {line}" for line in found[0].assumptions)]))
     notes = [*judgement.notes, *dict.fromkeys(note for one in found for note in one.notes)]
     radii = ", ".join(f"{arm} {rho:g}" for arm, rho in judgement.chosen.items())
@@ -240,7 +308,11 @@ def as_text(judgement: Judgement) -> str:
 
 
 def tests(judgement: Judgement) -> pd.DataFrame:
-    """One line per test: contrast, what is tested, interval, p value, and p after Holm where several are one family."""
+    """One line per test: contrast, what is tested, interval, p value, and p adjusted where several are one family.
+
+    At the end by Holm; at equal training loss every contrast has runs of its own and is adjusted by Bonferroni.
+    """
+    adjusted = "p Holm" if judgement.at == "end" else "p Bonferroni"
     lines = []
     for one in judgement.verdicts:
         within, iso = one.mediation, one.iso
@@ -264,7 +336,7 @@ def tests(judgement: Judgement) -> pd.DataFrame:
             if interval is not None:
                 ends = (interval.value, interval.low, interval.high)
                 lines.append((f"{one.arm}-{one.reference}", what, *ends, p, p_holm))
-    return pd.DataFrame(lines, columns=["contrast", "test", "estimate", "low", "high", "p", "p Holm"])
+    return pd.DataFrame(lines, columns=["contrast", "test", "estimate", "low", "high", "p", adjusted])
 
 
 def reliabilities(judgement: Judgement) -> pd.DataFrame:
@@ -278,13 +350,16 @@ def reliabilities(judgement: Judgement) -> pd.DataFrame:
 
 
 def correlations(judgement: Judgement) -> pd.DataFrame:
-    """Kendall's tau of each metric with the test error, pooled and within seeds and arms."""
+    """Kendall's tau of each metric with test error and gaps, and the partial rank correlations given the controls."""
+    shown = {"test_error": "test error", "gap_given": "gap, labels as given", "gap_clean": "gap, clean labels"}
     lines = [
-        (a.metric, a.scope.replace("_", " "), a.value, a.low, a.high, a.p, a.p_holm)
+        (a.metric, shown[a.target], a.coefficient, a.scope.replace("_", " "), a.value, a.low, a.high, a.p, a.p_holm)
         for a in (judgement.verdicts[0].associations if judgement.verdicts else ())
-        if a.coefficient == "kendall" and a.target == "test_error"
+        if a.coefficient == "partial"
+        or (a.coefficient == "kendall" and (a.target == "test_error" or a.scope == "within_seed"))
     ]
-    return pd.DataFrame(lines, columns=["metric", "scope", "tau", "low", "high", "p", "p Holm"])
+    columns = ["metric", "with", "coefficient", "scope", "value", "low", "high", "p", "p Holm"]
+    return pd.DataFrame(lines, columns=columns)
 
 
 def _plain(table: pd.DataFrame) -> str:

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 
 from experiments.build import clock_of, pick_device
+from experiments.checkpoint import read_weights, save_checkpoint
 from experiments.config import RunConfig
 from experiments.measure import MeasureConfig, measure, observe
-from experiments.record import RunRecord, environment
+from experiments.record import RunRecord, code_digest, environment, file_digest
 from experiments.resume import Checkpointing, Interrupted
-from experiments.store import Busy, Store
+from experiments.store import CHECKPOINT, Busy, Failure, Store
 from experiments.train import Observer, Trained, result_of, train_run
 from masks import load_plugin
 from masks.errors import InputError
 
-CHECKPOINT = "checkpoint.pt"
+
+class Terminated(KeyboardInterrupt):
+    """This process was asked to end by SIGTERM: by a scheduler, a shutdown, or a user's ``kill``."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,9 @@ class Job:
         config: what to train.
         measure: what to measure at the end; None for tuning runs, which read no test image.
         cost: relative size, to start long runs first.
+        init: checkpoint to start from instead of the seed's weights; the record then says its digest.
+        keep_weights: whether the final weights and optimizer state are kept beside the record.
+        folder: name of its folder in the store; by default the name of the run.
     """
 
     run_id: str
@@ -42,9 +48,16 @@ class Job:
     config: RunConfig
     measure: MeasureConfig | None
     cost: float = 1.0
+    init: Path | None = None
+    keep_weights: bool = False
+    folder: str = ""
 
     def __str__(self) -> str:
         return f"{self.arm}, rho {self.config.rho:g}, seed {self.config.seed}"
+
+    @property
+    def name(self) -> str:
+        return self.folder or self.run_id
 
 
 @dataclass(frozen=True)
@@ -68,6 +81,9 @@ class Task:
     checkpoint_minutes: float = 10.0
 
 
+Kind = Literal["done", "refused", "failed", "busy", "interrupted", "died"]
+
+
 @dataclass(frozen=True)
 class Outcome:
     """How an attempt at a run ended.
@@ -76,84 +92,113 @@ class Outcome:
         kind: "done"; "refused": what was asked for cannot be had; "failed": an error that is not the user's; "busy":
             another driver's process works on it; "interrupted": stopped on request, with its checkpoint kept; "died":
             its process ended abruptly.
-        text: the error, one line.
+        text: the error, one line; the name of the signal that it was interrupted by.
         notes: what the driver should say.
     """
 
-    kind: Literal["done", "refused", "failed", "busy", "interrupted", "died"]
+    kind: Kind
     text: str = ""
     notes: tuple[str, ...] = ()
 
 
-STOP = threading.Event()
+class _Stop(threading.Event):
+    """Attributes: signal: by which it was asked; "" for another way."""
+
+    signal = ""
+
+
+STOP = _Stop()
 """Set once somebody has asked this process to stop: what it is handed afterwards is not begun."""
+ACTIVE = threading.Lock()
+"""Held while this process does a run."""
 
 
 def work(task: Task) -> Outcome:
     """Do one run in this process. Whatever happens is an outcome; only what kills the process is not."""
     torch.set_num_threads(1)
+    notes: list[str] = []
     try:
-        if STOP.is_set():
-            raise Interrupted
-        for module in task.plugins:
-            load_plugin(module)
-        store = Store(task.store)
-        with store.working_on(task.job.run_id) as folder:
-            return _attempt(task, store, folder)
+        with ACTIVE, stop_requests():
+            for module in task.plugins:
+                load_plugin(module)
+            with Store(task.store).working_on(task.job.name) as folder:
+                kind, text = _attempt(task, folder, notes)
     except Busy:
-        return Outcome("busy")
+        kind, text = "busy", ""
     except Interrupted:
-        return Outcome("interrupted")
+        kind, text = "interrupted", STOP.signal
     except InputError as error:
-        return Outcome("refused", str(error))
+        kind, text = "refused", str(error)
+    return Outcome(kind, text, tuple(notes))
 
 
-def _attempt(task: Task, store: Store, folder: Path) -> Outcome:
-    job, notes = task.job, []
+def _attempt(task: Task, folder: Path, notes: list[str]) -> tuple[Kind, str]:
+    job, store = task.job, Store(task.store)
     try:
-        if store.read(job.run_id, config=asdict(job.config)) is not None:
-            return Outcome("done")
+        if store.read(job.name, config=asdict(job.config)) is not None:
+            return "done", ""
     except InputError as damage:
-        aside = store.set_aside(job.run_id)
-        notes.append(f"{damage}; it is set aside as {aside.name} and made again")
-    attempt = store.begin(job.run_id)
+        notes.append(f"{damage}; it is set aside as {store.set_aside(job.name).name} and made again")
+    attempt = store.begin(job.name)
+    device = pick_device(task.device)
+    made_by = {"code": code_digest(), "torch": str(torch.__version__), "device": device.type}
+    checkpoints = Checkpointing(
+        folder / CHECKPOINT,
+        task.checkpoint_epochs,
+        task.checkpoint_minutes,
+        STOP.is_set,
+        run=job.run_id,
+        made_by=made_by,
+        notes=notes,
+    )
     try:
-        with stop_requests():
-            checkpoints = Checkpointing(
-                folder / CHECKPOINT, task.checkpoint_epochs, task.checkpoint_minutes, STOP.is_set
-            )
-            device = pick_device(task.device)
-            trained = train_run(
-                job.config, device, observer=observer_of(job.config, job.measure, device), checkpoints=checkpoints
-            )
-            record = record_of(trained, job.run_id, job.arm, job.measure, device)
-            store.complete(record, attempt, files=lambda into: trained.mask.save(into / "mask.npz"))
+        record, files = execute(job, device, checkpoints)
+        store.complete(job.name, record, attempt, files=files)
     except (InputError, Interrupted):
         raise
     except Exception as error:
         text = " ".join(f"{type(error).__name__}: {error}".split())
-        store.fail(job.run_id, job.arm, text, attempt, asdict(job.config))
-        return Outcome("failed", text, tuple(notes))
-    return Outcome("done", notes=tuple(notes))
+        store.fail(job.name, Failure(job.run_id, job.arm, text, attempt, asdict(job.config)))
+        return "failed", text
+    return "done", ""
 
 
-def observer_of(config: RunConfig, measure_config: MeasureConfig | None, device: torch.device) -> Observer | None:
-    """What measures along the run; None for a tuning run (``measure_config`` None)."""
-    if measure_config is None:
-        return None
-    return lambda model, split: observe(model, split, config.seed, measure_config, device)
+def raise_interrupted(outcome: Outcome) -> NoReturn:
+    """End this process as it would have ended had the signal reached it.
+
+    Raises:
+        KeyboardInterrupt: :class:`Terminated`, but after Ctrl-C.
+    """
+    raise KeyboardInterrupt if outcome.text == "SIGINT" else Terminated
 
 
-def record_of(
-    trained: Trained, run_id: str, arm: str, measure_config: MeasureConfig | None, device: torch.device
-) -> RunRecord:
-    """Measure a trained model, unless it is a tuning run (None), and write down all that is known of the run."""
+def execute(
+    job: Job, device: torch.device, checkpoints: Checkpointing | None = None
+) -> tuple[RunRecord, Callable[[Path], None]]:
+    """Train and measure one model.
+
+    Returns:
+        Its record, and a function that writes the run's further files into a folder.
+
+    Raises:
+        InputError: what was asked for cannot be had.
+        Interrupted: ``checkpoints.stop`` asked for it; the run is saved.
+    """
+    trained = train_run(
+        job.config,
+        device,
+        initial=None if job.init is None else read_weights(job.init),
+        observer=_observer(job, device),
+        checkpoints=checkpoints,
+    )
     clock = clock_of(device)
     start = clock()
-    measured: dict[str, Any] = {} if measure_config is None else measure(trained, measure_config, device)
-    return RunRecord(
-        run_id=run_id,
-        arm=arm,
+    measured: dict[str, Any] = {} if job.measure is None else measure(trained, job.measure, device)
+    if job.init is not None:
+        measured["init_digest"] = file_digest(job.init)
+    record = RunRecord(
+        run_id=job.run_id,
+        arm=job.arm,
         config=asdict(trained.config),
         result=result_of(trained) | measured,
         telemetry={
@@ -164,16 +209,64 @@ def record_of(
         },
         environment=environment(device),
     )
+    return record, lambda folder: _keep(trained, folder, weights=job.keep_weights)
+
+
+def _observer(job: Job, device: torch.device) -> Observer | None:
+    """What measures along the run; None for a tuning run."""
+    config = job.measure
+    if config is None:
+        return None
+    return lambda model, split: observe(model, split, job.config.seed, config, device)
+
+
+def _keep(trained: Trained, folder: Path, *, weights: bool) -> None:
+    trained.mask.save(folder / "mask.npz")
+    if weights:
+        save_checkpoint(folder / CHECKPOINT, {"model": trained.model.state_dict(), "sam": trained.sam.state_dict()})
 
 
 @contextmanager
-def stop_requests() -> Iterator[None]:
-    """Inside, SIGTERM (a scheduler's warning, or the driver's) sets :data:`STOP` instead of ending the process."""
+def ended_by_sigterm() -> Iterator[None]:
+    """Inside, SIGTERM raises :class:`Terminated`, so that what runs is stopped as by Ctrl-C."""
     if threading.current_thread() is not threading.main_thread():  # elsewhere, signals cannot be set
         yield
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: STOP.set())
+
+    def end(number: int, frame: object) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, end)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def stop_requests() -> Iterator[None]:
+    """Inside, SIGTERM (a scheduler's warning, or the driver's) and Ctrl-C, where it is not ignored, set :data:`STOP`
+    instead of ending the process; the second Ctrl-C ends it at once.
+
+    Raises:
+        Interrupted: somebody has asked already.
+    """
+    if STOP.is_set():
+        raise Interrupted
+    if threading.current_thread() is not threading.main_thread():  # elsewhere, signals cannot be set
+        yield
+        return
+
+    def ask(number: int, frame: object) -> None:
+        if STOP.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        STOP.signal = signal.Signals(number).name
+        STOP.set()
+
+    heard = [n for n in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, ask) for number in heard}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -7,15 +7,17 @@ import os
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 
 import torch
 
 from experiments.executors.base import Executor
-from experiments.worker import STOP, Outcome, Task, work
+from experiments.worker import ACTIVE, STOP, Outcome, Task, work
 from masks.errors import InputError
 
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
@@ -33,7 +35,7 @@ def _outlive_nobody() -> None:
     if parent is not None:
         parent.join()
         STOP.set()
-        time.sleep(_PATIENCE_SECONDS)
+        ACTIVE.acquire()
         os._exit(1)
 
 
@@ -57,8 +59,29 @@ def _starting_children() -> Iterator[None]:
                 os.environ[name] = value
 
 
+@dataclass
+class _Slot:
+    """One process at a time, replaced when it dies: nobody else's run is lost with it, and it is known whose was."""
+
+    number: int
+    pool: ProcessPoolExecutor | None = None
+
+    def submit(self, task: Task) -> Future[Outcome]:
+        if self.pool is None:
+            spawn = multiprocessing.get_context("spawn")
+            self.pool = ProcessPoolExecutor(1, spawn, initializer=_start_worker)
+        return self.pool.submit(work, task)
+
+    def result(self, future: Future[Outcome]) -> Outcome:
+        try:
+            return future.result()
+        except BrokenProcessPool:
+            self.pool = None
+            return Outcome("died", "its process ended abruptly (out of memory?)")
+
+
 class LocalExecutor(Executor):
-    """A pool of processes, one thread each; a pool that lost a process is replaced.
+    """Processes of one thread each; on a machine with several GPUs, the runs are dealt out to them.
 
     Args:
         processes: how many runs at once.
@@ -70,44 +93,49 @@ class LocalExecutor(Executor):
     def __init__(self, processes: int) -> None:
         if processes < 1:
             raise InputError(f"processes must be at least 1, got {processes}")
-        self.processes = processes
-        self._pool: ProcessPoolExecutor | None = None
+        self._slots = [_Slot(number) for number in range(processes)]
 
     def run(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, Outcome] | None]:
-        waiting = self._submit(tasks)
-        while waiting:
-            done, _ = wait(waiting, timeout=2.0, return_when=FIRST_COMPLETED)
+        waiting, free = deque(tasks), deque(self._slots)
+        running: dict[Future[Outcome], tuple[Task, _Slot]] = {}
+        while waiting or running:
+            with _starting_children():
+                while waiting and free:
+                    task, slot = waiting.popleft(), free.popleft()
+                    running[slot.submit(replace(task, device=_device_of(task.device, slot.number)))] = task, slot
+            done, _ = wait(running, timeout=2.0, return_when=FIRST_COMPLETED)
             if not done:
                 yield None
             for future in done:
-                task = waiting.pop(future)
-                try:
-                    outcome = future.result()
-                except BrokenProcessPool:
-                    # Nobody can tell whose process it was: all that was handed out comes back.
-                    self._pool = None
-                    outcome = Outcome("died", "its process, or another of the pool, ended abruptly (out of memory?)")
-                yield task, outcome
-
-    def _submit(self, tasks: Sequence[Task]) -> dict[Future[Outcome], Task]:
-        with _starting_children():
-            if self._pool is None:
-                self._pool = ProcessPoolExecutor(
-                    self.processes, multiprocessing.get_context("spawn"), initializer=_start_worker
-                )
-            return {self._pool.submit(work, task): task for task in tasks}
+                task, slot = running.pop(future)
+                free.append(slot)
+                yield task, slot.result(future)
 
     def stop(self) -> None:
-        pool, self._pool = self._pool, None
-        if pool is None:
-            return
-        workers = list((getattr(pool, "_processes", None) or {}).values())
-        pool.shutdown(wait=False, cancel_futures=True)
-        for worker in workers:
-            with suppress(OSError, ValueError):
-                worker.terminate()  # a run that is going on saves itself first; an idle process ends
-        deadline = time.monotonic() + _PATIENCE_SECONDS
-        for worker in workers:
-            worker.join(max(0.0, deadline - time.monotonic()))
-            if worker.is_alive():
-                worker.kill()
+        pools = [slot.pool for slot in self._slots if slot.pool is not None]
+        workers = [worker for pool in pools for worker in (getattr(pool, "_processes", None) or {}).values()]
+        for slot in self._slots:
+            slot.pool = None
+        for pool in pools:
+            pool.shutdown(wait=False, cancel_futures=True)
+        try:
+            for worker in workers:
+                with suppress(OSError, ValueError):
+                    worker.terminate()  # a run that is going on saves itself first; an idle process ends
+            deadline = time.monotonic() + _PATIENCE_SECONDS
+            for worker in workers:
+                worker.join(max(0.0, deadline - time.monotonic()))
+        finally:  # also where the user has no patience
+            for worker in workers:
+                with suppress(OSError, ValueError):
+                    worker.kill()
+
+
+def num_gpus(device: str) -> int:
+    """How many GPUs the runs of a device by this name are dealt out to; at least 1."""
+    return max(1, torch.cuda.device_count()) if device in ("auto", "cuda") else 1
+
+
+def _device_of(name: str, slot: int) -> str:
+    """The GPU of a slot, where the user named none of several."""
+    return f"cuda:{slot % num_gpus(name)}" if num_gpus(name) > 1 else name

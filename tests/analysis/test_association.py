@@ -52,7 +52,15 @@ def test_values_are_scipys(frame, found, name, scipy_one):
     assert find(found, name, "within_seed").value == pytest.approx(by_group(frame, ["seed"], scipy_one))
     assert find(found, name, "within_arm").value == pytest.approx(by_group(frame, ["arm"], scipy_one))
     gap = frame.test_error - frame.train_error
-    assert find(found, name, "pooled", target="gap").value == pytest.approx(scipy_one(frame.sharpness, gap)[0])
+    assert find(found, name, "pooled", target="gap_given").value == pytest.approx(scipy_one(frame.sharpness, gap)[0])
+    # With label noise the gap on clean labels is another number, and has a name of its own.
+    same = associations(frame.assign(train_error_clean=frame.train_error), ["sharpness"], resamples=99)
+    assert {a.target for a in same} == {"test_error", "gap_given"}
+    clean = frame.train_error * np.random.default_rng(0).random(len(frame))
+    both = associations(frame.assign(train_error_clean=clean), ["sharpness"], resamples=99)
+    assert {a.target for a in both} == {"test_error", "gap_given", "gap_clean"}
+    want = scipy_one(frame.sharpness, frame.test_error - clean)[0]
+    assert find(both, name, "pooled", target="gap_clean").value == pytest.approx(want)
 
 
 @pytest.mark.filterwarnings("ignore::scipy.stats.ConstantInputWarning")

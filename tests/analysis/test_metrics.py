@@ -13,16 +13,24 @@ import analysis.metrics as registry
 from analysis import (
     PRIMARY,
     Estimate,
+    GaussNewtonOperator,
+    HessianOperator,
     average_sharpness,
+    eigenpairs,
+    eigsh,
     evaluate,
     fisher_trace,
     gradient_norm,
     list_metrics,
     m_sharpness,
     metric_info,
+    moments,
     register_metric,
     relative_flatness,
+    spectral_density,
+    xtrace,
 )
+from analysis.examples import data_digest
 from masks.errors import InputError, MaskError
 from masks.mask import Mask, Provenance
 from masks.params import ParamTable
@@ -214,6 +222,60 @@ def test_every_metric_has_the_invariances_it_states_and_no_other(name):
     assert info.cost > 0
 
 
+def test_curvature_metrics_are_those_of_the_dense_matrices(case):
+    """Each against the dense Hessian or Gauss-Newton matrix, exactly or within four standard errors."""
+    names = ["lambda_max", "lambda_5", "lambda_max_adaptive", "lambda_max_gauss_newton"]
+    got = evaluate(case.model, case.batches, [*names, "trace", "frobenius_norm", "effective_rank"], seed=1)
+    h = case.hessian
+    c = torch.cat([p.detach().flatten() for p in case.model.parameters()]).abs()
+    values = torch.linalg.eigvalsh(h)
+    with GaussNewtonOperator(case.model, case.batches) as operator:
+        newton = torch.stack([operator.matvec(v) for v in torch.eye(operator.dimension, dtype=torch.float64)])
+    want = [values[-1], values[-5], *(torch.linalg.eigvalsh(a)[-1] for a in (c[:, None] * h * c, newton))]
+    for name, value in zip(names, want, strict=True):
+        assert abs(got[name].value - float(value)) <= got[name].settings["residual"], name
+        assert got[name].settings["converged"]
+    assert got["lambda_5"].settings["complete"]
+    assert got["lambda_max_adaptive"].settings["scale"] == "abs"
+    trace, square = float(values.sum()), float((values**2).sum())
+    for name, value in {
+        "trace": trace,
+        "frobenius_norm": math.sqrt(square),
+        "effective_rank": trace**2 / square,
+    }.items():
+        assert abs(got[name].value - value) < 4 * got[name].standard_error, name
+        assert got[name].standard_error < 0.2 * abs(value)
+    for name, one in got.items():
+        assert one.settings["data_digest"] == data_digest(case.batches), name
+        assert one.settings["mask_digest"], name
+        assert one.settings["seed"] == 1
+
+
+def test_eigenvalues_and_traces_say_what_they_are_of(conv_case):
+    with HessianOperator(conv_case.model, conv_case.batches) as operator:
+        top = eigenpairs(operator, 2, seed=3).largest[0]
+        for one in (
+            top,
+            eigsh(operator, 2).largest[0],
+            moments(operator, num_probes=2).trace,
+            xtrace(operator, num_products=4),
+        ):
+            assert one.settings["data_digest"] == data_digest(conv_case.batches)
+            assert (one.settings["num_examples"], one.settings["dtype"]) == (150, "float64")
+        assert (top.n, top.settings["seed"], top.settings["statistics"]) == (150, 3, "evaluation")
+        density = spectral_density(operator, num_vectors=1, num_steps=3).moment(1)
+        assert density.settings["data_digest"] == top.settings["data_digest"]
+
+
+def test_the_digest_does_not_see_how_data_are_cut_but_what_they_are():
+    x, y = torch.arange(12.0).view(6, 2), torch.arange(6)
+    whole = data_digest([(x, y)])
+    assert data_digest([(x[:4], y[:4]), (x[4:], y[4:])]) == whole
+    assert data_digest([(x.double(), y)]) != whole
+    assert data_digest([(x[:, None], y)]) != whole
+    assert data_digest([(x[:4], y[:4]), (x[4:, :1], y[4:])]) != whole  # examples of two shapes have one, too
+
+
 def test_names_and_values_are_those_of_the_functions(case):
     names = [PRIMARY, "one_step_l2@0.05", "lambda_max", "average_uniform@0.1", "gradient_norm"]
     seen = []
@@ -346,7 +408,7 @@ def test_model_is_left_untouched_and_bad_models_are_refused(case, name, snapshot
     noisy = nn.Sequential(nn.Linear(64, 5).double())
     noisy.register_forward_hook(lambda _, __, out: out + torch.randn_like(out))
     before = snapshot(noisy)
-    with pytest.raises(InputError, match="data that differ between passes"):
+    with pytest.raises(InputError, match=r"data that differ between passes|draws random numbers"):
         FUNCTIONS[name](noisy, flat)
     before.check()
     blind = nn.Sequential(nn.Linear(64, 5).double())

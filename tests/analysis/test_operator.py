@@ -204,7 +204,7 @@ def test_arithmetic_is_plain_inside_and_as_the_user_set_it_outside(conv_case):
         assert state() == outside
     finally:
         torch.set_float32_matmul_precision(before)
-    assert seen == [["ieee"] * 6 + [False]] * 4
+    assert seen == [["ieee"] * 6 + [False]] * (4 + 2 * 3)  # records, and two passes to compare
 
 
 def test_close_frees_the_graphs(conv_case):
@@ -214,8 +214,9 @@ def test_close_frees_the_graphs(conv_case):
     try:
         with HessianOperator(model, conv_case.batches) as operator:
             operator.matvec(torch.ones(operator.dimension, dtype=torch.float64))
-            assert len(outputs) == 4  # one forward pass to weigh, one per batch, none per product
-            assert [ref() is not None for ref in outputs] == [False, True, True, True]
+            # One forward pass to weigh, one per batch, two per batch to compare, none per product.
+            assert len(outputs) == 1 + 3 + 6
+            assert [ref() is not None for ref in outputs] == [False, True, True, True] + [False] * 6
         assert all(ref() is None for ref in outputs)
     finally:
         gc.enable()
@@ -321,6 +322,28 @@ class HalfInside(nn.Linear):
         return super().forward(x).bfloat16()
 
 
+class HalfHidden(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).bfloat16().float()
+
+
+class AutocastHidden(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return super().forward(x).float()
+
+
+class OwnNoise(nn.Linear):
+    """Augmentation from a generator of its own: the global random state shows nothing."""
+
+    generator = torch.Generator().manual_seed(0)
+    smallest = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x)
+        return out + torch.randn(out.shape, generator=self.generator) * (len(x) >= self.smallest)
+
+
 DATA = [(torch.ones(4, 3), torch.tensor([0, 1, 1, 0]))]
 
 
@@ -332,6 +355,10 @@ DATA = [(torch.ones(4, 3), torch.tensor([0, 1, 1, 0]))]
         (Rebinding(), "buffer scale of Rebinding changes"),
         (Detached(3, 2), "does not depend on any trainable parameter"),
         (HalfInside(3, 2), "came out as torch.bfloat16"),
+        (HalfHidden(3, 2), r"bfloat16 inside the model or the loss \(operation aten\."),
+        (AutocastHidden(3, 2), "bfloat16 inside the model or the loss"),
+        (OwnNoise(3, 2), "data that differ between passes: 4 of 4 examples of batch 0"),
+        (nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2, track_running_stats=False)), r"1 \(BatchNorm1d\) keeps no"),
         (nn.Linear(3, 2).bfloat16(), "weight is torch.bfloat16"),
         (nn.Linear(3, 2).half(), "weight is torch.float16"),
         (nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2).double()), "mixed precision"),
@@ -511,6 +538,84 @@ def test_unknown_options_are_refused(conv_case):
 def worst_blocks(product: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, float]:
     """Relative error of each tensor's block; the key bias of attention has a zero block, hence the floor."""
     return {name: float((part - exact[name]).norm() / (exact[name].norm() + 1e-4)) for name, part in product.items()}
+
+
+class ConstantGamma(torch.autograd.Function):
+    """``gamma x`` with the right gradient, in whose own derivative gamma is a constant."""
+
+    @staticmethod
+    def forward(x: Tensor, gamma: Tensor) -> Tensor:
+        return gamma * x
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, slope):
+        x, gamma = ctx.saved_tensors
+        return slope * gamma.detach(), (slope * x).sum(0)
+
+
+class BrokenNorm(nn.LayerNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return ConstantGamma.apply(nn.functional.layer_norm(x, self.normalized_shape), self.weight) + self.bias
+
+
+def test_layer_norm_block_by_block_notices_a_product_that_lacks_a_term():
+    """The same loss and gradient, a product without the dependence of the gradient on gamma: independent of torch."""
+    torch.manual_seed(0)
+    x, y = torch.randn(20, 6, dtype=torch.float64), torch.randint(4, (20,))
+
+    def net(norm: type[nn.LayerNorm]) -> nn.Module:
+        return nn.Sequential(nn.Linear(6, 8), norm(8), nn.Tanh(), nn.Linear(8, 4)).double()
+
+    right, broken = net(nn.LayerNorm), net(BrokenNorm)
+    with torch.no_grad():
+        for p in right.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    broken.load_state_dict(right.state_dict())
+    gradients = [
+        torch.autograd.grad(nn.functional.cross_entropy(m(x), y), list(m.parameters())) for m in (right, broken)
+    ]
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+    v = torch.randn(sum(p.numel() for p in right.parameters()), dtype=torch.float64)
+    errors = []
+    for model in (right, broken):
+        with HessianOperator(model, [(x, y)]) as operator:
+            exact = operator.unflatten(_dense(right, x, y) @ v)
+            errors.append(worst_blocks(operator.unflatten(operator.matvec(v)), exact))
+    assert max(errors[0].values()) < 1e-10
+    # The term is lost from the block of gamma and from no other.
+    assert errors[1].pop("1.weight") > 0.05
+    assert max(errors[1].values()) < 1e-10
+
+
+def test_a_model_that_is_random_on_a_later_batch_only_is_refused():
+    model = OwnNoise(3, 2)
+    model.smallest = 3
+    with pytest.raises(InputError, match="3 of 3 examples of batch 1"):
+        HessianOperator(model, [(torch.ones(2, 3), torch.tensor([0, 1])), (torch.ones(3, 3), torch.tensor([0, 1, 1]))])
+
+
+def test_layers_without_running_statistics_need_batch_statistics():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2, track_running_stats=False)).double()
+    x, y = torch.randn(12, 3), torch.randint(2, (12,))
+    values = []
+    for sizes in ([12], [6, 6]):
+        batches = list(zip(x.split(sizes), y.split(sizes), strict=True))
+        with pytest.raises(InputError, match=r'normalizes by the batch in evaluation mode too.*statistics="batch"'):
+            HessianOperator(model, batches)
+        with HessianOperator(model, batches, statistics="batch") as operator:
+            assert operator.settings["batch_sizes"] == sizes
+            assert "normalization by each batch's statistics" in operator.name
+            values.append(float(operator.matvec(torch.ones(operator.dimension, dtype=torch.float64)).norm()))
+    assert values[0] != pytest.approx(values[1], rel=1e-3)
+    # InstanceNorm normalizes each example by itself: nothing depends on the cut.
+    alone = nn.Sequential(nn.InstanceNorm1d(2, affine=True), nn.Flatten(), nn.Linear(12, 2))
+    HessianOperator(alone, [(torch.randn(4, 2, 6), torch.tensor([0, 1, 1, 0]))]).close()
 
 
 @pytest.mark.parametrize("norm", ["affine", "plain"])

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from experiments import worker
 from experiments.compare import Comparison, compare
 from experiments.config import Arm, CompareConfig, RunConfig
+from experiments.executors.base import Executor
 from experiments.measure import MeasureConfig
+from experiments.runner import Policy
+from experiments.worker import Outcome, Task
 
 TINY = {"n_train": 100, "n_val": 30, "n_test": 50, "width": 4, "epochs": 2, "batch_size": 32, "lr": 0.1}
+QUIET = Policy(device="cpu", quiet=True)
 ARMS = (
     Arm("none", "none"),
     Arm("none_2x", "none", epochs_factor=2, role="control"),
@@ -50,29 +54,26 @@ def comparison(
 ) -> Comparison:
     """A finished comparison, made by a real worker process; leave its folder as it is."""
     folder = tmp_path_factory.mktemp("study") / "comparison"
-    return compare(tiny_comparison(), folder, measure=measured, processes=1, device="cpu", quiet=True)
+    return compare(tiny_comparison(), folder, measure=measured, policy=QUIET)
 
 
-class SerialExecutor:
-    """Does each job in this process when it is submitted."""
+class SerialExecutor(Executor):
+    """Does each run in this process."""
 
     def __init__(self, *_: Any, **__: Any) -> None: ...
 
-    def submit(self, fn: Callable[..., Any], *args: Any) -> Future[Any]:
-        future: Future[Any] = Future()
-        try:
-            future.set_result(fn(*args))
-        except Exception as error:
-            future.set_exception(error)
-        return future
+    def run(self, tasks: Sequence[Task]) -> Iterator[tuple[Task, Outcome] | None]:
+        for task in tasks:
+            yield task, worker.work(task)
 
-    def shutdown(self, **_: Any) -> None: ...
+    def stop(self) -> None: ...
 
 
 @pytest.fixture
 def serial(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs are made in this process: starting others takes seconds, and here they can be watched."""
-    monkeypatch.setattr("experiments.runner.ProcessPoolExecutor", SerialExecutor)
+    monkeypatch.setattr("experiments.executors.local.LocalExecutor", SerialExecutor)
+    monkeypatch.setattr("experiments.compare.LocalExecutor", SerialExecutor)
 
 
 @pytest.fixture

@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from experiments.record import RunRecord
+from experiments.store import write_run
 
 ARMS: dict[str, tuple[float, ...]] = {"none": (), "all": (0.1, 0.2, 0.4), "norm": (0.5, 1.0, 2.0)}
 CHOSEN = {"all": 0.2, "norm": 1.0}
 
 
 def found(value: float | None) -> dict[str, Any]:
-    return {"value": value, "error": 0.1, "n": 3, "settings": {"name": "a metric"}}
+    settings = {"name": "a metric", "m": 128, "num_examples": 1024, "num_dropped": 0, "data_digest": "0123456789"}
+    return {"value": value, "error": 0.1, "n": 3, "settings": settings}
 
 
 def weights(loss: float, metrics: dict[str, float | None], repeats: dict[str, float | None]) -> dict[str, Any]:
@@ -35,6 +37,7 @@ def write_study(
     seeds: int = 8,
     chosen: dict[str, float] = CHOSEN,
     role: Callable[[str], str] = lambda name: "main",
+    environment: Callable[[int], dict[str, Any]] = lambda seed: {},
 ) -> Path:
     """A comparison's folder; ``result(arm, rho, seed)`` is of a run of the report, None for one that is missing."""
     made = [{"name": name, "mask": f"nowhere_{name}", "rho": rho, "role": role(name)} for name, rho in arms.items()]
@@ -45,7 +48,9 @@ def write_study(
 
     def save(arm: str, rho: float, seed: int, tuning: bool, content: dict[str, Any]) -> None:
         config = {"seed": seed, "rho": rho, "tuning": tuning, "mask": "nowhere"}
-        RunRecord(f"{arm}-{rho}-{seed}-{tuning}", arm, config, content, {}, {}).save(folder / "runs")
+        name = f"{arm}-{rho}-{seed}-{tuning}".replace(".", "p")
+        (folder / "runs" / name).mkdir()
+        write_run(folder / "runs" / name, RunRecord(name, arm, config, content, {}, environment(seed)), {})
 
     for arm, radii in arms.items():
         for rho in radii if len(radii) > 1 else ():

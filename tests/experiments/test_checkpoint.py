@@ -32,14 +32,18 @@ def test_a_checkpoint_is_complete_or_the_old_one(tmp_path: Path, monkeypatch: py
     path = tmp_path / "c.pt"
     save_checkpoint(path, {"model": STATE})
 
-    def fail(content: Any, aside: Path) -> None:
-        aside.write_bytes(b"half")
-        raise KeyboardInterrupt
+    write = Path.write_bytes
 
-    monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(KeyboardInterrupt):
-        save_checkpoint(path, {"model": {}})
-    assert equal(read_weights(path))
+    def half(aside: Path, content: Any) -> int:
+        write(aside, bytes(content)[:20])
+        raise error
+
+    monkeypatch.setattr(Path, "write_bytes", half)
+    for error in (KeyboardInterrupt(), OSError(28, "No space left on device")):
+        with pytest.raises(type(error)):
+            save_checkpoint(path, {"model": {}})
+        assert equal(read_weights(path))
+    assert list(tmp_path.iterdir()) == [path]
 
 
 class Bomb:

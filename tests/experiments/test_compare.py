@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -11,27 +13,33 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from experiments import compare as module
-from experiments import runner
+from experiments import worker
 from experiments.compare import Comparison, Trial, check_arms, choose, compare, open_folder, predicted_costs
 from experiments.config import Arm, CompareConfig, RunConfig
 from experiments.data import load_data
 from experiments.measure import MeasureConfig
 from experiments.record import RunRecord
-from experiments.runner import Job, RunFailed, execute
+from experiments.runner import RunFailed
+from experiments.store import completed, read_run
+from experiments.worker import Job, execute
 from masks import load_plugin, mask_info, registry
 from masks.errors import InputError
+from tests.experiments.conftest import QUIET
 
 Make = Callable[..., CompareConfig]
+Made = tuple[RunRecord, Callable[[Path], None]]
+CPU = torch.device("cpu")
 
 
 def all_records(comparison: Comparison) -> dict[str, RunRecord]:
-    return {path.stem: RunRecord.load(path) for path in (comparison.folder / "runs").iterdir()}
+    return {path.name: read_run(path) for path in (comparison.folder / "runs").iterdir()}
 
 
 def again(comparison: Comparison, **changes: Any) -> Comparison:
-    options = {"measure": comparison.measure, "device": "cpu", "quiet": True, **changes}
+    options = {"measure": comparison.measure, "policy": QUIET, **changes}
     return compare(comparison.config, options.pop("folder", comparison.folder), **options)
 
 
@@ -97,7 +105,7 @@ def test_records_are_complete_and_paired(comparison: Comparison) -> None:
         assert {r.config["mask"] for r in records} == {arm.mask}
         assert {r.config["rho"] for r in records} == {comparison.chosen.get(arm.name, 0.0)}
         for record in records:
-            assert RunRecord.load(comparison.folder / "runs" / f"{record.run_id}.json") == record
+            assert read_run(comparison.folder / "runs" / record.run_id) == record
             assert RunConfig(**record.config) == config.run(
                 arm, rho=record.config["rho"], seed=record.config["seed"], tuning=False
             )
@@ -132,7 +140,7 @@ def test_budgeted_masks_kept_exactly_the_norm_masks_count(comparison: Comparison
 def test_a_worker_process_gives_bitwise_what_this_process_gives(comparison: Comparison) -> None:
     for arm in ("norm", "fisher"):
         record = comparison.records[arm][1]
-        here = execute(Job(record.run_id, arm, RunConfig(**record.config), comparison.measure), "cpu")
+        here, _ = execute(Job(record.run_id, arm, RunConfig(**record.config), comparison.measure), CPU)
         assert here.result == record.result
         assert here.config == record.config
         assert here.environment == record.environment  # the number of threads, too
@@ -141,29 +149,22 @@ def test_a_worker_process_gives_bitwise_what_this_process_gives(comparison: Comp
 def test_a_second_call_makes_no_run_and_finds_the_same(
     comparison: Comparison, serial: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(job: Job, device: str) -> RunRecord:
-        raise AssertionError("a run was made again")
-
-    monkeypatch.setattr(runner, "execute", refuse)
+    monkeypatch.setattr(worker, "execute", lambda *_: pytest.fail("a run was made again"))
     before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in comparison.folder.rglob("*.json")}
     assert again(comparison) == comparison
     assert before == {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in comparison.folder.rglob("*.json")}
 
 
-def test_a_lost_record_is_made_again_bit_for_bit(comparison: Comparison, serial: None) -> None:
-    lost = comparison.records["random"][1]
-    path = comparison.folder / "runs" / f"{lost.run_id}.json"
-    text = path.read_text()
-    path.unlink()
+def test_a_lost_record_is_made_again_byte_for_byte(comparison: Comparison, serial: None, tmp_path: Path) -> None:
+    lost = comparison.folder / "runs" / comparison.records["random"][1].run_id
+    os.rename(lost, tmp_path / "lost")
     try:
-        restored = again(comparison).records["random"][1]
-        assert (restored.config, restored.result) == (lost.config, lost.result)
-        old, new = json.loads(text), json.loads(path.read_text())
-        assert {key: old[key] for key in ("schema", "run_id", "arm", "config", "result", "environment")} == {
-            key: value for key, value in new.items() if key != "telemetry"
-        }
+        again(comparison)
+        for name in ("result.json", "mask.npz"):
+            assert (lost / name).read_bytes() == (tmp_path / "lost" / name).read_bytes()
     finally:
-        path.write_text(text)
+        shutil.rmtree(lost, ignore_errors=True)
+        os.rename(tmp_path / "lost", lost)
 
 
 def test_a_sweep_adds_every_radius_on_the_reports_seeds_and_changes_nothing_else(
@@ -171,7 +172,7 @@ def test_a_sweep_adds_every_radius_on_the_reports_seeds_and_changes_nothing_else
 ) -> None:
     arms = (Arm("none", "none"), Arm("all", "all", (0.05, 0.2)), Arm("norm", "norm", (0.5, 2.0)))
     config = tiny_comparison(arms=arms, seeds=2, tuning_seeds=1)
-    options: dict[str, Any] = {"measure": measured, "device": "cpu", "quiet": True}
+    options: dict[str, Any] = {"measure": measured, "policy": QUIET}
     plain = compare(config, tmp_path / "a", **options)
     before = tree(plain.folder)
     swept = compare(config, tmp_path / "a", sweep=True, **options)
@@ -179,7 +180,8 @@ def test_a_sweep_adds_every_radius_on_the_reports_seeds_and_changes_nothing_else
     assert replace(swept, swept=0) == plain
     after = tree(plain.folder)
     assert {name: after[name] for name in before} == before
-    added = [RunRecord.load(plain.folder / name) for name in after.keys() - before.keys()]
+    new = {Path(name).parent for name in after.keys() - before.keys()}
+    added = [read_run(plain.folder / name) for name in new]
     grid = {(arm.name, rho) for arm in arms for rho in arm.rho}
     wanted = {(*cell, seed) for cell in grid - set(plain.chosen.items()) for seed in (0, 1)}
     assert {(r.arm, r.config["rho"], r.config["seed"]) for r in added} == wanted
@@ -204,7 +206,7 @@ def test_a_folder_of_another_comparison_is_refused_and_left_as_it_is(comparison:
         (comparison.config, MeasureConfig(images=65, sharpness_m=16)),
     ):
         with pytest.raises(InputError, match=r"holds the results of another comparison.*choose another folder"):
-            compare(config, comparison.folder, measure=measure, device="cpu", quiet=True)
+            compare(config, comparison.folder, measure=measure, policy=QUIET)
     assert tree(comparison.folder) == before
 
 
@@ -223,7 +225,7 @@ def test_a_folder_of_other_files_is_refused_and_left_as_it_is(
     FOREIGN[message](tmp_path)
     before = tree(tmp_path)
     with pytest.raises(InputError, match=message):
-        compare(tiny_comparison(), tmp_path, device="cpu", quiet=True)
+        compare(tiny_comparison(), tmp_path, policy=QUIET)
     assert tree(tmp_path) == before
 
 
@@ -238,10 +240,10 @@ def test_a_file_in_the_place_of_the_folder(tiny_comparison: Make, tmp_path: Path
 def test_the_default_folder_is_named_after_the_comparison(
     tiny_comparison: Make, in_folder: Path, serial: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runner, "execute", fake_run)
+    monkeypatch.setattr(worker, "execute", fake_run)
     small = {"arms": (Arm("none", "none"), Arm("norm", "norm", (0.1,))), "seeds": 2}
     one, same, other = (
-        compare(tiny_comparison(**small, **more), device="cpu", quiet=True).folder for more in ({}, {}, {"lr": 0.2})
+        compare(tiny_comparison(**small, **more), policy=QUIET).folder for more in ({}, {}, {"lr": 0.2})
     )
     assert one == same
     assert one.parent == other.parent == Path("results")
@@ -251,9 +253,9 @@ def test_the_default_folder_is_named_after_the_comparison(
     assert len(list((one / "runs").iterdir())) == 4
 
 
-def fake_run(job: Job, device: str) -> RunRecord:
+def fake_run(job: Job, *_: Any) -> Made:
     result = {"val_accuracy": 0.5, "diverged": None, "mask_builds": [], "history": []}
-    return RunRecord(job.run_id, job.arm, asdict(job.config), result, {}, {})
+    return RunRecord(job.run_id, job.arm, asdict(job.config), result, {}, {}), lambda folder: None
 
 
 # -- what cannot be had -------------------------------------------------------------------------------------
@@ -280,12 +282,12 @@ BAD: dict[str, dict[str, Any]] = {
 def test_what_cannot_be_had_is_refused_before_any_run_and_leaves_nothing(
     tiny_comparison: Make, in_folder: Path, message: str, serial: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runner, "execute", lambda *_: pytest.fail("a run was started"))
+    monkeypatch.setattr(worker, "execute", lambda *_: pytest.fail("a run was started"))
     changes = dict(BAD[message])
     if "masks" in changes:
         changes["rho_grid"] = "0.1,0.2"
     with pytest.raises(InputError, match=message):
-        compare(tiny_comparison(**changes), Path("out"), device="cpu", quiet=True)
+        compare(tiny_comparison(**changes), Path("out"), policy=QUIET)
     assert list(in_folder.iterdir()) == []
 
 
@@ -297,7 +299,7 @@ def test_bad_input_that_only_a_run_finds_leaves_the_folder_free(
     tiny_comparison: Make, in_folder: Path, serial: None
 ) -> None:
     with pytest.raises(InputError, match=r"arm fisher: cannot keep .* are eligible"):
-        compare(tiny_comparison(density=0.99, masks="fisher"), Path("out"), device="cpu", quiet=True)
+        compare(tiny_comparison(density=0.99, masks="fisher"), Path("out"), policy=QUIET)
     assert list(in_folder.iterdir()) == []
 
 
@@ -307,37 +309,42 @@ def test_a_failing_run_keeps_the_others_and_is_made_by_the_next_call(
     config = tiny_comparison(arms=(Arm("none", "none"), Arm("norm", "norm", (0.1,))), seeds=2)
     made: list[Job] = []
 
-    def sometimes(job: Job, device: str) -> RunRecord:
+    def sometimes(job: Job, *rest: Any) -> Made:
         made.append(job)
         if fail and job.arm == "norm" and job.config.seed == 1:
             raise RuntimeError("out of luck")
-        return execute(job, device)
+        return execute(job, *rest)
 
-    monkeypatch.setattr(runner, "execute", sometimes)
+    monkeypatch.setattr(worker, "execute", sometimes)
     fail = True
     with pytest.raises(RunFailed, match=r"1 of 4 runs failed.*norm, rho 0.1, seed 1: RuntimeError: out of luck"):
-        compare(config, tmp_path / "out", measure=measured, device="cpu", quiet=True)
-    assert len(list((tmp_path / "out" / "runs").iterdir())) == 3
+        compare(config, tmp_path / "out", measure=measured, policy=QUIET)
+    assert len(completed(tmp_path / "out" / "runs")) == 3
     fail = False
     made.clear()
-    done = compare(config, tmp_path / "out", measure=measured, device="cpu", quiet=True)
+    done = compare(config, tmp_path / "out", measure=measured, policy=QUIET)
     assert [(job.arm, job.config.seed) for job in made] == [("norm", 1)]
     assert done.chosen == {"norm": 0.1}
     assert done.trials == ()
     assert [len(records) for records in done.records.values()] == [2, 2]
 
 
-def test_a_damaged_record_is_named(
-    tiny_comparison: Make, tmp_path: Path, serial: None, monkeypatch: pytest.MonkeyPatch
+def test_a_damaged_record_is_set_aside_with_a_warning_and_made_again(
+    tiny_comparison: Make, tmp_path: Path, serial: None, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    monkeypatch.setattr(runner, "execute", fake_run)
+    monkeypatch.setattr(worker, "execute", fake_run)
     config = tiny_comparison(arms=(Arm("none", "none"), Arm("norm", "norm", (0.1,))), seeds=1)
-    done = compare(config, tmp_path / "out", device="cpu", quiet=True)
-    path = tmp_path / "out" / "runs" / f"{done.records['norm'][0].run_id}.json"
-    path.write_text(path.read_text()[:50])
-    with pytest.raises(InputError, match=rf"{path.name} is not the record of a run"):
-        compare(config, tmp_path / "out", device="cpu", quiet=True)
-    assert path.exists()
+    done = compare(config, tmp_path / "out", policy=QUIET)
+    name = done.records["norm"][0].run_id
+    path = tmp_path / "out" / "runs" / name / "result.json"
+    text = path.read_text()
+    path.write_text(text[:50])
+    compare(config, tmp_path / "out", policy=QUIET)
+    assert path.read_text() == text
+    assert path.parent.with_name(f"{name}.damaged-1").joinpath("result.json").read_text() == text[:50]
+    said = capsys.readouterr().err
+    assert said.startswith("sam-masks: warning: ")
+    assert said.rstrip().endswith(f"it is set aside as {name}.damaged-1 and made again")
 
 
 PLUGIN = """from masks import register_score
@@ -351,7 +358,7 @@ def score(context):
 def test_records_of_an_older_plugin_are_not_taken_for_those_of_a_newer_one(
     tiny_comparison: Make, in_folder: Path, serial: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runner, "execute", fake_run)
+    monkeypatch.setattr(worker, "execute", fake_run)
     mask_info("norm")
     for factor in ("1", "-1"):
         monkeypatch.setattr(registry, "_registry", dict(registry._registry))
@@ -361,10 +368,10 @@ def test_records_of_an_older_plugin_are_not_taken_for_those_of_a_newer_one(
         load_plugin("reloaded_masks")
         config = tiny_comparison(masks="reloaded", rho_grid="0.1")
         if factor == "1":
-            compare(config, in_folder / "out", device="cpu", quiet=True)
+            compare(config, in_folder / "out", policy=QUIET)
         else:
             with pytest.raises(InputError, match="another comparison"):
-                compare(config, in_folder / "out", device="cpu", quiet=True)
+                compare(config, in_folder / "out", policy=QUIET)
 
 
 def test_predicted_costs_are_of_what_the_masks_touch(comparison: Comparison) -> None:

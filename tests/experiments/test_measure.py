@@ -14,10 +14,11 @@ import torch
 from analysis import HessianOperator, evaluate, lambda_max, m_sharpness
 from analysis.examples import data_digest
 from experiments import measure as module
+from experiments.build import sample_of
 from experiments.config import RunConfig
 from experiments.measure import MeasureConfig, measure, observe
-from experiments.runner import Job, execute
-from experiments.train import Trained, result_of, sample_of, train_run
+from experiments.train import Trained, result_of, train_run
+from experiments.worker import Job, execute
 from masks.errors import InputError
 from sam.perturbation import Rule
 
@@ -239,7 +240,10 @@ def test_batch_statistics_are_untouched_by_measuring_along_training(
 ) -> None:
     config = tiny(mask="norm", epochs=3, measure_every=1)
     job = Job("a", "norm", config, measured)
-    record, plain = execute(job, "cpu"), execute(replace(job, config=replace(config, measure_every=0)), "cpu")
+    (record, _), (plain, _) = (
+        execute(job, CPU),
+        execute(replace(job, config=replace(config, measure_every=0)), CPU),
+    )
     history = record.result["history"]
     assert ["observed" in epoch for epoch in history] == [True, True, False]
     assert set(history[0]["observed"]) == {"fit", "metrics", "metrics_repeat"}
@@ -247,4 +251,5 @@ def test_batch_statistics_are_untouched_by_measuring_along_training(
         epoch.pop("observed", None)
     assert record.result == plain.result
     # A tuning run reads nothing but validation images.
-    assert not any("observed" in epoch for epoch in execute(replace(job, measure=None), "cpu").result["history"])
+    tuned, _ = execute(replace(job, measure=None), CPU)
+    assert not any("observed" in epoch for epoch in tuned.result["history"])

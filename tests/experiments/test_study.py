@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from experiments.study import load_frame, load_study
+from experiments.verdict import judge
 from masks.errors import InputError
 from tests.experiments.studies import ARMS, weights, write_study
 
@@ -103,7 +105,7 @@ def test_folders_that_are_no_comparison_are_one_line(tmp_path: Path) -> None:
     folder = write_study(tmp_path / "s", result, seeds=2)
     with pytest.raises(InputError, match=r"is not the folder of a comparison: cannot read its study.json"):
         load_study(tmp_path)
-    record = next((folder / "runs").iterdir())
+    record = next((folder / "runs").iterdir()) / "result.json"
     text = record.read_text()
     record.write_text(text[:-30])
     with pytest.raises(InputError, match="is not the record of a run"):
@@ -114,7 +116,7 @@ def test_folders_that_are_no_comparison_are_one_line(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="are of another version: KeyError 'diverged'; run the comparison again"):
         load_study(folder)
     for path in (folder / "runs").iterdir():
-        path.unlink()
+        shutil.rmtree(path)
     with pytest.raises(InputError, match="holds no finished run of the report"):
         load_study(folder)
     for wrong, message in (('{"schema": "other/1"}', "has another schema"), ("[]", "is not the folder of a")):
@@ -127,3 +129,12 @@ def test_nothing_left_is_an_error_that_says_why(tmp_path: Path) -> None:
     folder = write_study(tmp_path / "s", lambda *run: result(*run) | {"diverged": "loss"}, arms={"none": ()}, seeds=2)
     with pytest.raises(InputError, match=r"no arm and radius is left to judge: none at rho 0: 2 of 2 runs diverged"):
         load_study(folder)
+
+
+def test_versions_of_the_code_are_counted_and_a_verdict_names_them(tmp_path: Path) -> None:
+    folder = write_study(tmp_path / "s", result, seeds=3, environment=lambda seed: {"code": "b" if seed == 2 else "a"})
+    assert load_study(folder).codes == {"a": 14, "b": 7}
+    notes = judge(folder, primary="lambda_max", resamples=0).notes
+    assert "MIXED CODE: the runs were made by 2 versions of the code (a: 14 runs, b: 7 runs)" in notes
+    same = write_study(tmp_path / "t", result, seeds=3, environment=lambda seed: {"code": "a"})
+    assert not any("MIXED" in note for note in judge(same, primary="lambda_max", resamples=0).notes)

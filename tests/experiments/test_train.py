@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +14,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from experiments import build as parts
 from experiments import train
+from experiments.build import budget_of, initial_model, load_weights, pick_device, sample_of
 from experiments.config import RunConfig
 from experiments.data import ImageSet, load_data
-from experiments.models import MLP, ResNetSmall, ViTSmall
 from experiments.seeds import derive_seed
 from experiments.split import Split, make_split
-from experiments.train import (
-    Trained,
-    budget_of,
-    initial_model,
-    load_weights,
-    number_of_steps,
-    pick_device,
-    result_of,
-    sample_of,
-    train_run,
-)
+from experiments.train import number_of_steps, result_of, train_run
 from masks import BuilderError, Mask, MaskContext, MaskSpec, mask_info, register_mask, registry
 from masks.errors import InputError
 from sam import SAM
+from sam.perturbation import Rule
+from tests.experiments.by_hand import Watch, plain_loop, same_weights, watching
 
 CPU = torch.device("cpu")
 Tiny = Callable[..., RunConfig]
@@ -46,47 +39,10 @@ def digits() -> ImageSet:
     return load_data("digits")
 
 
-def same_weights(a: nn.Module, b: nn.Module) -> bool:
-    one, other = a.state_dict(), b.state_dict()
-    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
-
-
-@dataclass
-class Steps:
-    """What the optimizer was given, step by step."""
-
-    first: dict[str, Tensor] = field(default_factory=dict)
-    batches: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    kept: list[int] = field(default_factory=list)
-    rng: list[Tensor] = field(default_factory=list)
-    lr: list[float] = field(default_factory=list)
-    radius: list[float] = field(default_factory=list)
-
-
 @pytest.fixture
-def watched(monkeypatch: pytest.MonkeyPatch) -> Callable[[RunConfig], tuple[Trained, Steps]]:
+def watched(monkeypatch: pytest.MonkeyPatch) -> Watch:
     """Trains and notes what every step was given."""
-    original = SAM.step_on
-
-    def watch(config: RunConfig) -> tuple[Trained, Steps]:
-        steps = Steps()
-
-        def step_on(sam: SAM, loss_fn: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
-            if not steps.batches:
-                steps.first = {key: value.clone() for key, value in sam.model.state_dict().items()}
-            steps.batches.append((batch[0].clone(), batch[1].clone()))
-            steps.kept.append(sam.mask.num_kept)
-            steps.rng.append(torch.get_rng_state())
-            steps.lr.append(sam.param_groups[0]["lr"])
-            loss = original(sam, loss_fn, batch)
-            assert sam.stats is not None
-            steps.radius.append(float(sam.stats.radius))
-            return loss
-
-        monkeypatch.setattr(SAM, "step_on", step_on)
-        return train_run(config, CPU), steps
-
-    return watch
+    return watching(monkeypatch)
 
 
 # -- deterministic, and paired ------------------------------------------------------------------------------
@@ -113,9 +69,7 @@ def test_global_random_states_are_left_alone(tiny: Tiny) -> None:
     assert before[2] == random.getstate()
 
 
-def test_arms_of_a_seed_start_from_the_same_weights_and_see_the_same_batches(
-    tiny: Tiny, watched: Callable[[RunConfig], tuple[Trained, Steps]]
-) -> None:
+def test_arms_of_a_seed_start_from_the_same_weights_and_see_the_same_batches(tiny: Tiny, watched: Watch) -> None:
     _, base = watched(tiny(mask="none"))
     assert len(base.batches) == 2 * 4  # 100 images in batches of 32, twice
     assert [len(y) for _, y in base.batches] == [32, 32, 32, 4] * 2
@@ -134,9 +88,7 @@ def test_arms_of_a_seed_start_from_the_same_weights_and_see_the_same_batches(
     assert not torch.equal(base.first["stem.0.weight"], other.first["stem.0.weight"])
 
 
-def test_every_epoch_has_each_training_image_once_in_a_new_order(
-    tiny: Tiny, watched: Callable[[RunConfig], tuple[Trained, Steps]]
-) -> None:
+def test_every_epoch_has_each_training_image_once_in_a_new_order(tiny: Tiny, watched: Watch) -> None:
     trained, steps = watched(tiny(mask="none"))
     epochs = [torch.cat([x for x, _ in steps.batches[i : i + 4]]) for i in (0, 4)]
     labels = [torch.cat([y for _, y in steps.batches[i : i + 4]]) for i in (0, 4)]
@@ -174,41 +126,6 @@ def test_dropout_is_paired_across_arms(in_folder: Path, tiny: Tiny) -> None:
 # -- against loops written here -----------------------------------------------------------------------------
 
 
-def plain_loop(config: RunConfig, data: ImageSet) -> tuple[nn.Module, list[float], float]:
-    """Training without SAM in thirty lines: the model, mean loss per epoch, validation accuracy."""
-    sizes = {"n_train": config.n_train, "n_val": config.n_val, "n_test": config.n_test}
-    split = make_split(data, seed=config.seed, label_noise=0.2, tuning=config.tuning, **sizes)
-    torch.manual_seed(derive_seed(config.seed, "init"))
-    net = {"resnet_small": ResNetSmall, "vit_small": ViTSmall, "mlp": MLP}[config.model]
-    model = net(1, (8, 8), 10, config.width or 0).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if config.optimizer == "sgd":
-        optimizer: torch.optim.Optimizer = torch.optim.SGD(
-            model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
-        )
-    else:
-        optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-    order = torch.Generator().manual_seed(derive_seed(config.seed, "order"))
-    x, y = split.train_x.to(memory_format=torch.channels_last), split.train_y
-    batches = [
-        b for _ in range(config.epochs) for b in torch.randperm(len(x), generator=order).split(config.batch_size)
-    ]
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=len(batches))
-    model.train()
-    losses = []
-    for index in batches:
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(x[index]), y[index], reduction="none").mean()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        losses.append(loss.item())
-    model.eval()
-    per_epoch = [float(np.mean(part)) for part in np.split(np.array(losses), config.epochs)]
-    with torch.no_grad():
-        right = (model(split.val_x).argmax(1) == split.val_y).double().mean().item()
-    return model, per_epoch, right
-
-
 @pytest.mark.parametrize(
     "changes",
     [
@@ -217,6 +134,10 @@ def plain_loop(config: RunConfig, data: ImageSet) -> tuple[nn.Module, list[float
         {"optimizer": "adamw", "lr": 0.003, "weight_decay": 0.1},
         {"model": "vit_small", "width": 16},
         {"model": "mlp", "width": 8, "momentum": 0.0, "weight_decay": 0.0},
+        {"weight_decay": 0.1, "norm_weight_decay": False},
+        {"weight_decay": 0.1, "norm_weight_decay": False, "optimizer": "adamw", "model": "vit_small", "width": 16},
+        {"label_smoothing": 0.3},
+        {"clip_grad_norm": 1e6},
     ],
 )
 def test_mask_none_is_the_base_optimizer_bit_for_bit(tiny: Tiny, digits: ImageSet, changes: dict[str, Any]) -> None:
@@ -274,9 +195,7 @@ def test_one_epoch_of_sam_by_hand(tiny: Tiny, digits: ImageSet) -> None:
     assert trained.history[0].radius == pytest.approx(rho, rel=1e-5)
 
 
-def test_the_learning_rate_falls_to_zero_over_the_steps_of_the_run(
-    tiny: Tiny, watched: Callable[[RunConfig], tuple[Trained, Steps]]
-) -> None:
+def test_the_learning_rate_falls_to_zero_over_the_steps_of_the_run(tiny: Tiny, watched: Watch) -> None:
     trained, steps = watched(tiny(mask="random", epochs=3))
     wanted = [0.1 * (1 + np.cos(np.pi * t / 12)) / 2 for t in range(12)]
     assert steps.lr == pytest.approx(wanted, rel=1e-6)
@@ -284,9 +203,7 @@ def test_the_learning_rate_falls_to_zero_over_the_steps_of_the_run(
 
 
 @pytest.mark.parametrize("n_train", [2, 31, 32, 33, 34, 64, 65])
-def test_the_number_of_steps_is_known_before(
-    tiny: Tiny, watched: Callable[[RunConfig], tuple[Trained, Steps]], n_train: int
-) -> None:
+def test_the_number_of_steps_is_known_before(tiny: Tiny, watched: Watch, n_train: int) -> None:
     config = tiny(mask="none", model="mlp", width=2, n_train=n_train, label_noise=0.0)
     trained, steps = watched(config)
     assert len(steps.batches) == number_of_steps(config, n_train)
@@ -313,7 +230,7 @@ def test_the_number_of_steps_is_known_before(
     ],
 )
 def test_a_mask_is_built_when_its_schedule_says(
-    tiny: Tiny, watched: Callable[[RunConfig], tuple[Trained, Steps]], mask: str, built_at: list[tuple[int, int]]
+    tiny: Tiny, watched: Watch, mask: str, built_at: list[tuple[int, int]]
 ) -> None:
     trained, steps = watched(tiny(mask=mask, epochs=3, rho=0.1))
     assert [(build.epoch, build.step) for build in trained.builds] == built_at
@@ -498,7 +415,7 @@ def test_training_does_not_look_at_the_test_images(tiny: Tiny, mask: str, monkey
         return out
 
     open_run = train_run(tiny(mask=mask), CPU)
-    monkeypatch.setattr(train, "make_split", sealed)
+    monkeypatch.setattr(parts, "make_split", sealed)
     run = train_run(tiny(mask=mask), CPU)
     assert same_weights(run.model, open_run.model)
     with pytest.raises(AssertionError, match="looked at"):
@@ -588,7 +505,8 @@ def test_a_builder_that_breaks_its_contract_is_not_taken_for_divergence(tiny: Ti
 def test_every_rule_trains(tiny: Tiny, rule: str, mask: str) -> None:
     trained = train_run(tiny(rule=rule, mask=mask, rho=0.01, epochs=1), CPU)
     radius, kept = trained.history[0].radius, trained.builds[0].num_kept
-    assert trained.sam.rule == trained.config.sam_rule()
+    assert trained.sam.method == trained.config.sam_method()
+    assert trained.sam.method.rule == Rule.named(rule)
     if rule == "l2":
         assert radius == pytest.approx(0.01, rel=1e-5)
     if rule == "linf":

@@ -88,6 +88,9 @@ def test_text_and_json_say_the_same_and_all_of_it(folder: Path, capsys: Output) 
     for heading in ("Tests (97.5 % intervals)", "Test-retest reliability", "Kendall's tau", "Assumptions", "Notes"):
         assert f"\n{heading}" in text
     assert f"{OTHER}: flatter by" in text
+    ranks = text.partition("Kendall's tau")[2].partition("\n\n")[0]
+    for part in ("gap, labels as given", "gap, clean labels", "partial", "given train loss, rho"):
+        assert part in ranks
     first = found["verdicts"][0]
     total = next(line for line in text.splitlines() if "norm-all" in line and "total gain, points" in line)
     numbers = (first["mediation"]["total"]["value"], first["p_total"], first["gain"]["p_holm"])
@@ -175,6 +178,96 @@ def test_one_seed_is_one_line(tmp_path: Path, capsys: Output) -> None:
     assert "needs at least 2 seeds" in refused([str(folder)], capsys)
 
 
+# -- what the primary metric was measured on ---------------------------------------------------------------
+
+
+def changed(folder: Path, change: Any) -> Path:
+    """The study with every record's settings of the primary metric changed."""
+    for path in (folder / "runs").glob("*/result.json"):
+        record = json.loads(path.read_text())
+        if PRIMARY in record["result"].get("metrics", {}):
+            change(record, record["result"]["metrics"][PRIMARY]["settings"])
+            path.write_text(json.dumps(record))
+    return folder
+
+
+def test_m_images_labels_and_data_of_the_primary_metric_are_stated(tmp_path: Path) -> None:
+    def as_named(record: dict[str, Any], settings: dict[str, Any]) -> None:
+        record["config"]["label_noise"] = 0.2
+        settings["data_digest"] = f"{record['config']['seed']:08d}ff"
+
+    folder = changed(write_study(tmp_path / "a", result, seeds=4), as_named)
+    got = judge(folder, resamples=0)
+    assert got.notes == ()
+    assert (got.measured["m"], got.measured["images"], got.measured["label_noise"]) == (128, 1024, 0.2)
+    assert got.measured["data_digests"]["3"] == ["00000003ff"]
+    assert as_text(got).startswith(
+        f"Primary metric {PRIMARY}: m = 128 on 1,024 training images, labels as given (20 % redrawn at random); data "
+        "00000000, 00000001, 00000002, 00000003, by seed."
+    )
+    assert as_json(got)["measured"]["m"] == 128
+
+    def smaller(record: dict[str, Any], settings: dict[str, Any]) -> None:
+        settings |= {"m": 32, "num_examples": 64}
+        settings["data_digest"] = "a" if (record["config"]["seed"], record["arm"]) == (2, "norm") else "b"
+
+    notes = judge(changed(write_study(tmp_path / "b", result, seeds=4), smaller), resamples=0).notes
+    assert notes == (
+        f"NOT AS NAMED: the primary metric named beforehand is {PRIMARY}, m = 128 on 1,024 images; here {PRIMARY}, m = "
+        "32 on 64 training images",
+        "MIXED DATA: runs of seed 2 were measured on different images",
+    )
+    notes = judge(write_study(tmp_path / "c", result, seeds=4), primary=OTHER, resamples=0).notes
+    assert notes[0].endswith(f"here {OTHER}, m = 128 on 1,024 training images")
+
+
+# -- metrics that grow with flatness -----------------------------------------------------------------------
+
+
+def flatter(folder: Path, name: str) -> Path:
+    """The study with the primary metric replaced by its inverse, which a plugin registered as flatter."""
+    for path in (folder / "runs").glob("*/result.json"):
+        record = json.loads(path.read_text())
+        for part in ("metrics", "metrics_repeat"):
+            found = record["result"].get(part, {})
+            if PRIMARY in found:
+                one = found.pop(PRIMARY)
+                one["settings"]["direction"] = "flatter"
+                found[name] = one | {"value": 1 / one["value"]}
+        path.write_text(json.dumps(record))
+    return folder
+
+
+def test_a_metric_that_grows_with_flatness_says_the_same_as_its_sharper_twin(tmp_path: Path) -> None:
+    arms = {"none": (), "all": (0.05, 0.1, 0.2, 0.4, 0.8), "norm": (0.25, 0.5, 1.0, 2.0, 4.0)}
+    settings: dict[str, Any] = {"contrasts": ["norm-all"], "secondary": [], "resamples": 0}
+    (twin,) = judge(write_study(tmp_path / "a", result, arms=arms), **settings).verdicts
+    folder = flatter(write_study(tmp_path / "b", result, arms=arms), "width")
+    got = judge(folder, primary="width", **settings)
+    (one,) = got.verdicts
+    assert (got.primary, one.metric) == ("1/width", "1/width")
+    assert one.word == twin.word
+    assert one.mediation.flattening.value == pytest.approx(twin.mediation.flattening.value, rel=1e-9)
+    assert one.mediation.indirect.value == pytest.approx(twin.mediation.indirect.value, rel=1e-9)
+    assert twin.mediation.flattening.value != 0
+    assert "by 1/width" in as_text(got)
+    # As a secondary metric it has the same name.
+    both = judge(folder, primary=OTHER, secondary=["width"], contrasts=["norm-all"], resamples=0).verdicts[0].secondary
+    assert [row.metric for row in both] == ["1/width"]
+
+
+def test_an_inverse_that_does_not_exist_is_refused(tmp_path: Path) -> None:
+    folder = flatter(write_study(tmp_path / "s", result, seeds=4), "width")
+    path = next((folder / "runs").glob("norm-1p0-2-False/result.json"))
+    record = json.loads(path.read_text())
+    record["result"]["metrics"]["width"]["value"] = -1.0
+    path.write_text(json.dumps(record))
+    with pytest.raises(
+        InputError, match=r"larger width is flatter, so the verdict needs its inverse.* in 1 of 28 runs"
+    ):
+        judge(folder, primary="width", resamples=0)
+
+
 # -- at equal training loss ---------------------------------------------------------------------------------
 
 
@@ -217,7 +310,11 @@ def test_every_run_is_read_at_the_loss_that_all_reached(tmp_path: Path) -> None:
     study = load_study(write_study(tmp_path / "s", power_law))
     runs = {(arm, seed, rho): power_law(arm, rho, seed)
             for arm in ("norm", "all") for rho in ARMS[arm] for seed in range(8)}  # fmt: skip
-    frame, level = at_equal_loss(study, ("norm", "all"))
+    frame, level, (first, last) = at_equal_loss(study, ("norm", "all"))
+    crossed = [1 + next(i for i, point in enumerate([*run["history"][:-1], {"observed": run}])
+                        if point["observed"]["fit"]["train_loss"] <= level) for run in runs.values()]  # fmt: skip
+    assert (first, last) == (min(crossed), max(crossed))
+    assert first < last
     assert level == max(run["last"] for run in runs.values())
     assert len(frame) == len(runs)
     for row in frame.to_dict("records"):
@@ -241,7 +338,12 @@ def test_sharper_only_because_it_fits_better_is_no_difference_at_equal_loss(tmp_
     assert abs(flat.value) < 0.1
     assert main(["verdict", str(folder), "--at=equal_train_loss", "--contrasts=norm-all"]) == 0
     out = capsys.readouterr().out
-    assert f"Sharpness where the run reached training loss {level:.4g}." in out
+    first, last = equal.epochs["norm-all"]
+    line = f"Sharpness where the run reached training loss {level:.4g} (epochs {first} to {last}); test error of the "
+    assert f"{line}final weights." in out
+    # One contrast at a time cannot be adjusted by Holm over contrasts, and is not called so.
+    assert "p Bonferroni" in out
+    assert "p Holm" not in out.partition("Test-retest")[0]
 
 
 def test_a_level_that_was_not_passed_through_is_not_decided(tmp_path: Path, capsys: Output) -> None:
