@@ -915,7 +915,7 @@ def test_an_interrupted_analysis_goes_on_from_its_file(
         ("--seed=1", "another seed;"),
         ("--labels=clean", "another labels;"),
         ("--images=32", "another images;"),
-        ("--label-noise=0", "another label_noise;"),
+        ("--label-noise=0.1", "another label_noise;"),
         ("--checkpoint=other.pt", "another checkpoint;"),
     ):
         state = torch.load("own.pt")
