@@ -16,7 +16,7 @@ from experiments.models import build_model
 from masks import Mask, MaskContext, list_masks, mask_info, register_mask, register_score, registry
 from masks.errors import InputError
 
-BUDGETED = {"random", "random_depth", "magnitude", "fisher", "snip", "gradient"}
+BUDGETED = {"dynamic", "random", "random_depth", "magnitude", "fisher", "snip", "gradient"}
 
 
 @pytest.fixture
