@@ -165,7 +165,7 @@ def test_a_checkpoint_that_is_not_finite_is_one_line(tmp_path, options):
 
 
 def test_a_model_of_ones_own_with_augmentation_inside(tmp_path, options, monkeypatch):
-    (tmp_path / "own_net.py").write_text(
+    (tmp_path / "foreign_net.py").write_text(
         "import torch\nfrom torch import nn\n"
         "class Flip(nn.Module):\n"
         "    def forward(self, x):\n"
@@ -180,7 +180,7 @@ def test_a_model_of_ones_own_with_augmentation_inside(tmp_path, options, monkeyp
     monkeypatch.chdir(tmp_path)
     torch.save({"2.weight": torch.randn(10, 64), "2.bias": torch.zeros(10)}, "own.pt")
     with pytest.raises(InputError, match="data that differ between passes"):
-        analyze(options(model="own_net:noisy", checkpoint="own.pt", width=None))
+        analyze(options(model="foreign_net:noisy", checkpoint="own.pt", width=None))
 
 
 # -- what the model was trained on ---------------------------------------------------------------------------
