@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
 
 from analysis.estimate import Estimate
 from analysis.evaluation import (
@@ -26,6 +25,7 @@ from analysis.examples import check_function, data_digest
 from masks.context import Batch, LossFn, cross_entropy
 from masks.errors import InputError, unknown_name
 from masks.mask import Mask
+from masks.per_example import per_example_gradients
 from masks.region import Region
 from sam.perturbation import Identity, Metric, total_norm
 
@@ -128,6 +128,7 @@ def fisher_trace(
     batches = check_batches(batches)
     region = Region(mask, model)
     generator = torch.Generator().manual_seed(seed)
+    named = {piece.row.name: p for piece, p in zip(region.pieces, region.params, strict=True)}
     size = max(1, _CHUNK_BYTES // sum(p.numel() * p.element_size() for p in region.params))
     squares: list[Tensor] = []
     with evaluation_mode(model):
@@ -138,7 +139,7 @@ def fisher_trace(
             # Outside vmap: shape, finiteness, and a forward pass without gradients, whose norms would come out as 0.
             _check_depends(losses(model, (x, y), loss, dtype, "at the given weights"))
             for xs, ys in zip(torch.split(x, size), torch.split(y, size), strict=True):
-                squares += [_squared_norms(g, region) for g in _per_example(model, region, loss, xs, ys)]
+                squares += [_squared_norms(g, region) for g in per_example_gradients(model, named, loss, xs, ys)]
     values = torch.cat(squares)
     if not bool(torch.isfinite(values).all()):
         bad = int((~torch.isfinite(values)).sum())
@@ -187,27 +188,6 @@ def _sampled_labels(model: nn.Module, x: Tensor, generator: torch.Generator) -> 
     below = logits.double().softmax(1).cumsum(1).cpu()
     u = torch.rand(len(x), 1, generator=generator, dtype=torch.float64) * below[:, -1:]
     return (below <= u).sum(1).to(x.device)
-
-
-def _per_example(model: nn.Module, region: Region, loss: LossFn, x: Tensor, y: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Per-example gradients of the region's tensors with a leading dimension, in one or more chunks."""
-    names = [piece.row.name for piece in region.pieces]
-
-    def one(values: tuple[Tensor, ...], xi: Tensor, yi: Tensor) -> Tensor:
-        out = functional_call(model, dict(zip(names, values, strict=True)), (xi[None],))
-        return loss(out, yi[None]).sum()
-
-    try:
-        gradients: tuple[Tensor, ...] = vmap(grad(one), in_dims=(None, 0, 0))(
-            tuple(p.detach() for p in region.params), x, y
-        )
-    except (RuntimeError, ValueError, NotImplementedError):
-        # Data-dependent control flow, in-place updates, operations without a batching rule.
-        for xi, yi in zip(x, y, strict=True):
-            value = loss(model(xi[None]), yi[None]).sum()
-            yield tuple(g[None] for g in torch.autograd.grad(value, region.params, materialize_grads=True))
-        return
-    yield gradients
 
 
 def _squared_norms(gradients: tuple[Tensor, ...], region: Region) -> Tensor:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from masks.context import MaskContext
 from masks.errors import MaskError
+from masks.per_example import per_example_gradients
 
 Labels = Literal["data", "model"]
 _CHUNK_BYTES = 2**28
@@ -56,12 +55,14 @@ def mean_squared_gradients(context: MaskContext, labels: Labels) -> list[Tensor]
     params = context.table.tensors(model)
     total = [torch.zeros_like(p, requires_grad=False) for p in params]
     count = 0
+    named = dict(zip((row.name for row in context.table), params, strict=True))
+    loss = partial(_losses, context)
     size = max(1, _CHUNK_BYTES // sum(p.numel() * p.element_size() for p in params))
     generator = context.generator("labels")
     for x, y in context.batches:
         targets = y if labels == "data" else _sampled_labels(model, x, generator)
         for xs, ys in zip(torch.split(x, size), torch.split(targets, size), strict=True):
-            for gradients in _per_example(context, model, params, xs, ys):
+            for gradients in per_example_gradients(model, named, loss, xs, ys):
                 torch._foreach_add_(total, [g.square().sum(0) for g in gradients])
             count += len(xs)
     torch._foreach_div_(total, count)
@@ -85,31 +86,6 @@ def _sampled_labels(model: nn.Module, x: Tensor, generator: torch.Generator) -> 
     if not bool(torch.isfinite(probabilities).all()):
         raise MaskError("the model's outputs on the scoring data are not finite: training has diverged")
     return torch.multinomial(probabilities, 1, generator=generator).squeeze(1).to(x.device)
-
-
-def _per_example(
-    context: MaskContext, model: nn.Module, params: list[Tensor], x: Tensor, y: Tensor
-) -> Iterator[tuple[Tensor, ...]]:
-    """Per-example gradients with a leading batch dimension, in one or more chunks."""
-    names = [row.name for row in context.table]
-
-    def loss(values: tuple[Tensor, ...], xi: Tensor, yi: Tensor) -> Tensor:
-        logits = functional_call(model, dict(zip(names, values, strict=True)), (xi[None],))
-        return _losses(context, logits, yi[None]).sum()
-
-    try:
-        values = tuple(p.detach() for p in params)
-        # The fused attention kernels have no batching rule: vmap would run them one example at a time.
-        with sdpa_kernel(SDPBackend.MATH):
-            gradients = vmap(grad(loss), in_dims=(None, 0, 0))(values, x, y)
-        yield gradients
-    except (RuntimeError, ValueError, NotImplementedError):
-        # Data-dependent control flow, in-place updates, operations without a batching rule.
-        for xi, yi in zip(x, y, strict=True):
-            with torch.enable_grad():
-                losses = _losses(context, model(xi[None]), yi[None])
-                one = torch.autograd.grad(losses.sum(), params, allow_unused=True, materialize_grads=True)
-            yield tuple(g[None] for g in one)
 
 
 def _check_finite(context: MaskContext, scores: list[Tensor]) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from masks import Batch, Budget, MaskContext, MaskError, build_mask, cross_entropy, scoring, top_k
+from masks import Batch, Budget, MaskContext, MaskError, build_mask, cross_entropy, per_example, scoring, top_k
 from masks.builders.gradient import score_gradient, score_snip
 from masks.scoring import mean_gradient, mean_squared_gradients
 
@@ -136,7 +136,7 @@ def model(request: pytest.FixtureRequest) -> nn.Module:
 def vmapped(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of examples in every call of vmap that succeeded."""
     done: list[int] = []
-    original = scoring.vmap
+    original = per_example.vmap
 
     def counting(*args: object, **kwargs: object) -> Callable[..., object]:
         inner = original(*args, **kwargs)  # type: ignore[arg-type]
@@ -148,7 +148,7 @@ def vmapped(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
         return call
 
-    monkeypatch.setattr(scoring, "vmap", counting)
+    monkeypatch.setattr(per_example, "vmap", counting)
     return done
 
 
