@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, NoReturn
 
@@ -143,88 +143,96 @@ def _explanations(cls: type) -> dict[str, str]:
     return out
 
 
-def build_parser() -> _Parser:
-    """The parser of the whole command line."""
+@dataclass(frozen=True)
+class _Command:
+    """One command: what ``--help`` says of it, and the classes whose fields are its options."""
+
+    summary: str
+    example: str
+    options: tuple[type, ...]
+
+
+def _commands() -> dict[str, _Command]:
     from experiments.analyze import AnalyzeOptions
-    from experiments.config import DECIDED, CompareConfig, RunConfig
+    from experiments.config import CompareConfig, RunConfig
     from experiments.measure import MeasureConfig
     from experiments.runs import RunsOptions
     from experiments.verdict import VerdictOptions
 
+    return {
+        "compare": _Command(
+            "compare arms, paired over seeds, with rho chosen per mask on validation data",
+            "--masks all,norm,random --seeds 8",
+            (CompareConfig, MeasureConfig, CompareOptions),
+        ),
+        "train": _Command("train one model", "--mask norm --rho 1", (RunConfig, TrainOptions)),
+        "masks": _Command(
+            "list the registered masks; with --model, build them and print their anatomy",
+            "--model torchvision:resnet18",
+            (MasksOptions,),
+        ),
+        "methods": _Command(
+            "list the methods of the SAM family: paper, passes, state, options, limits", "--json", (MethodsOptions,)
+        ),
+        "presets": _Command(
+            "list published settings; with --name, print one as a configuration file for compare",
+            "--name sam_on_cifar100_wrn28_10 --scale 0.1 > study.yaml",
+            (PresetsOptions,),
+        ),
+        "analyze": _Command(
+            "measure sharpness and curvature of a checkpoint, of any model and data set",
+            "--model vit_small --checkpoint FILE --data digits",
+            (AnalyzeOptions,),
+        ),
+        "runs": _Command(
+            "list the runs in a folder, filter them, compare their settings, say why some failed",
+            "results --where arm=norm,rho=1",
+            (RunsOptions,),
+        ),
+        "verdict": _Command(
+            "say whether a gain comes from flatness, from the folder of a comparison",
+            "results/compare-ID",
+            (VerdictOptions,),
+        ),
+    }
+
+
+def _command_parser(name: str, command: _Command) -> jsonargparse.ArgumentParser:
+    """The parser of one command."""
+    from experiments.config import DECIDED, CompareConfig, RunConfig
+
     hidden: dict[type, set[str]] = {CompareConfig: {*DECIDED}, RunConfig: {"tuning"}}
+    parser = _Parser(
+        description=f"{command.summary}\n\nexample: sam-masks {name} {command.example}",
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    if RunConfig in command.options[0].__mro__:
+        parser.add_argument("--config", action="config", help="YAML file with any of these options")
+    for cls in command.options:
+        flags = [f.name for f in fields(cls) if f.name in FLAGS]
+        places = [f.name for f in fields(cls) if f.name in PLACES]
+        explained = _explanations(cls)
+        for place in places:
+            parser.add_argument(place, metavar=place.upper())
+        parser.add_class_arguments(cls, as_group=True, skip={*flags, *places, *hidden.get(cls, ())})
+        parser._action_groups[-1].title = (inspect.getdoc(cls) or "").partition("\n")[0].rstrip(".")
+        for action in parser._actions:
+            action.help = action.help or explained.get(action.dest)
+        for flag in flags:
+            parser.add_argument(f"--{flag}", action="store_true", help=FLAGS[flag])
+    return parser
 
-    def sub(summary: str, example: str, *classes: type, config: bool) -> jsonargparse.ArgumentParser:
-        parser = _Parser(description=f"{summary}\n\nexample: {example}", exit_on_error=False, allow_abbrev=False)
-        if config:
-            parser.add_argument("--config", action="config", help="YAML file with any of these options")
-        for cls in classes:
-            flags = [f.name for f in fields(cls) if f.name in FLAGS]
-            places = [f.name for f in fields(cls) if f.name in PLACES]
-            explained = _explanations(cls)
-            for name in places:
-                parser.add_argument(name, metavar=name.upper())
-            parser.add_class_arguments(cls, as_group=True, skip={*flags, *places, *hidden.get(cls, ())})
-            parser._action_groups[-1].title = (inspect.getdoc(cls) or "").partition("\n")[0].rstrip(".")
-            for action in parser._actions:
-                action.help = action.help or explained.get(action.dest)
-            for name in flags:
-                parser.add_argument(f"--{name}", action="store_true", help=FLAGS[name])
-        return parser
 
+def build_parser() -> _Parser:
+    """The parser of the whole command line."""
     parser = _Parser(
         prog="sam-masks", description=DESCRIPTION, epilog=EXIT_CODES, exit_on_error=False, allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"sam-masks {_version()}")
     subcommands = parser.add_subcommands(required=True, dest="command")
-    for name, summary, example, classes in (
-        (
-            "compare",
-            "compare arms, paired over seeds, with rho chosen per mask on validation data",
-            "--masks all,norm,random --seeds 8",
-            (CompareConfig, MeasureConfig, CompareOptions),
-        ),
-        ("train", "train one model", "--mask norm --rho 1", (RunConfig, TrainOptions)),
-        (
-            "masks",
-            "list the registered masks; with --model, build them and print their anatomy",
-            "--model torchvision:resnet18",
-            (MasksOptions,),
-        ),
-        (
-            "methods",
-            "list the methods of the SAM family: paper, passes, state, options, limits",
-            "--json",
-            (MethodsOptions,),
-        ),
-        (
-            "presets",
-            "list published settings; with --name, print one as a configuration file for compare",
-            "--name sam_on_cifar100_wrn28_10 --scale 0.1 > study.yaml",
-            (PresetsOptions,),
-        ),
-        (
-            "analyze",
-            "measure sharpness and curvature of a checkpoint, of any model and data set",
-            "--model vit_small --checkpoint FILE --data digits",
-            (AnalyzeOptions,),
-        ),
-        (
-            "runs",
-            "list the runs in a folder, filter them, compare their settings, say why some failed",
-            "results --where arm=norm,rho=1",
-            (RunsOptions,),
-        ),
-        (
-            "verdict",
-            "say whether a gain comes from flatness, from the folder of a comparison",
-            "results/compare-ID",
-            (VerdictOptions,),
-        ),
-    ):
-        configured = RunConfig in classes[0].__mro__
-        subcommands.add_subcommand(
-            name, sub(summary, f"sam-masks {name} {example}", *classes, config=configured), help=summary
-        )
+    for name, command in _commands().items():
+        subcommands.add_subcommand(name, _command_parser(name, command), help=command.summary)
     return parser
 
 
