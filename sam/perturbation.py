@@ -13,6 +13,7 @@ arXiv 2102.11600, eqs. 5 and 6).
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -30,9 +31,10 @@ BiasConvention = Literal["identity", "adaptive"]
 
 
 @dataclass(frozen=True)
-class Metric:
+class Metric(ABC):
     """The diagonal normaliser T of a rule."""
 
+    @abstractmethod
     def scale(self, row: ParamRow, param: Tensor, weights: Tensor, gradient: Tensor | None = None) -> Tensor | None:
         """T for one tensor.
 
@@ -45,13 +47,12 @@ class Metric:
         Returns:
             A tensor that broadcasts against ``weights``, or None for T = 1.
         """
-        raise NotImplementedError
 
     def radius_factor(self, row: ParamRow) -> float:
         """What the radius of one tensor is multiplied by; it does not enter the norm."""
         return 1.0
 
-    def check(self, table: ParamTable) -> None:
+    def check(self, table: ParamTable) -> None:  # noqa: B027, most metrics have a T for everything
         """Refuse parameters for which it has no T.
 
         Raises:

@@ -147,7 +147,7 @@ def test_quadratures_agree_from_the_same_vector(case):
 # -- where they are not ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.xfail(strict=False, reason="curvlinops 3.0.1 takes jvp over jacrev, wrong through affine nn.LayerNorm")
+@pytest.mark.xfail(strict=True, reason="curvlinops 3.0.1 takes jvp over jacrev, wrong through affine nn.LayerNorm")
 @pytest.mark.parametrize("case", ["vit"], indirect=True)
 def test_curvlinops_hessian_through_layer_norm(case):
     peer, v = peer_of("curvlinops", case), vector_for(case)
@@ -160,7 +160,7 @@ def test_curvlinops_hessian_through_layer_norm(case):
     assert worst[0] < 1e-10
 
 
-@pytest.mark.xfail(strict=False, reason="hessian-eigenthings 1.0.0a5 takes the plain mean over batches of any size")
+@pytest.mark.xfail(strict=True, reason="hessian-eigenthings 1.0.0a5 takes the plain mean over batches of any size")
 def test_eigenthings_hessian_on_uneven_batches(conv_case):
     v = vector_for(conv_case)
     wrong = relative(peer_of("hessian_eigenthings", conv_case, UNEVEN).matvec(v), conv_case.hessian @ v)
@@ -168,7 +168,7 @@ def test_eigenthings_hessian_on_uneven_batches(conv_case):
     assert wrong < 1e-10
 
 
-@pytest.mark.xfail(strict=False, reason="hessian-eigenthings 1.0.0a5 does not reorthogonalise above 50 steps: ghosts")
+@pytest.mark.xfail(strict=True, reason="hessian-eigenthings 1.0.0a5 does not reorthogonalise above 50 steps: ghosts")
 def test_eigenthings_lanczos_of_sixty_steps(conv_case):
     package = pytest.importorskip("hessian_eigenthings")
     peer = peer_of("hessian_eigenthings", conv_case, dtype=torch.float32)
@@ -179,6 +179,6 @@ def test_eigenthings_lanczos_of_sixty_steps(conv_case):
     assert wrong < 1e-3 or not found.converged.all()
 
 
-@pytest.mark.xfail(strict=False, reason="PyHessian 0.1 calls torch.eig, which torch removed", raises=RuntimeError)
+@pytest.mark.xfail(strict=True, reason="PyHessian 0.1 calls torch.eig, which torch removed", raises=RuntimeError)
 def test_pyhessian_density_runs(conv_case):
     peer_of("pyhessian", conv_case, dtype=torch.float32).own.density(iter=3, n_v=1)
