@@ -38,6 +38,7 @@ class Target:
         data: images to score on, None for none.
         score_images: how many.
         seed: seed of initial weights and random masks.
+        shape: of the images where there is no data: channels, height, width; by default torchvision's or the digits'.
     """
 
     model: str
@@ -47,6 +48,7 @@ class Target:
     data: str | None = None
     score_images: int = 256
     seed: int = 0
+    shape: tuple[int, int, int] | None = None
 
     def build(self) -> tuple[nn.Module, list[Batch], torch.Tensor]:
         """The model, batches to score on, and a sample input.
@@ -60,7 +62,7 @@ class Target:
                 raise InputError(f"{name} must be at least 1, got {value}")
         batches: list[Batch] = []
         if self.data is None:
-            shape = IMAGE_SHAPES.get(self.model.partition(":")[0], DEFAULT_SHAPE)
+            shape = self.shape or IMAGE_SHAPES.get(self.model.partition(":")[0], DEFAULT_SHAPE)
             sample, classes = torch.zeros(2, *shape), 10
         else:
             data = load_cached(self.data)

@@ -35,6 +35,7 @@ DESCRIPTION = "Sharpness-aware minimization under parameter masks, compared at e
 FLAGS = {
     "json": "print JSON instead of text",
     "failed": "only runs that failed, diverged, are unfinished or damaged, each with its reason",
+    "quick": "end within about a minute: fewer rounds, and smaller batches where that is not enough",
     "quiet": "no progress bars",
     "sweep": "train every arm at every radius on the report's seeds, too: what sam-masks verdict compares at equal "
     "sharpness",
@@ -154,6 +155,7 @@ class _Command:
 
 def _commands() -> dict[str, _Command]:
     from experiments.analyze import AnalyzeOptions
+    from experiments.bench import BenchOptions
     from experiments.config import CompareConfig, RunConfig
     from experiments.measure import MeasureConfig
     from experiments.runs import RunsOptions
@@ -183,6 +185,11 @@ def _commands() -> dict[str, _Command]:
             "measure sharpness and curvature of a checkpoint, of any model and data set",
             "--model vit_small --checkpoint FILE --data digits",
             (AnalyzeOptions,),
+        ),
+        "bench": _Command(
+            "measure what a step under each mask costs on this machine, on any model",
+            "--quick --model module:function --shape 3x32x32",
+            (BenchOptions,),
         ),
         "runs": _Command(
             "list the runs in a folder, filter them, compare their settings, say why some failed",

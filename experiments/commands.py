@@ -333,6 +333,15 @@ def run_analyze(values: dict[str, Any]) -> int:
     return code
 
 
+def run_bench(values: dict[str, Any]) -> int:
+    from experiments.bench import BenchOptions, bench
+
+    options: BenchOptions = _pick(BenchOptions, values)
+    report = bench(options)
+    print(report.as_json() if options.json else report.as_text())
+    return EXIT_OK
+
+
 def run_verdict(values: dict[str, Any]) -> int:
     from experiments.verdict import VerdictOptions, as_json, as_text, judge
 
