@@ -8,6 +8,7 @@ from analysis.arpack import eigsh
 from analysis.association import Association, associations
 from analysis.average import average_sharpness
 from analysis.builtin_metrics import PRIMARY
+from analysis.curve_metrics import read_slice, read_spectrum
 from analysis.eigen import EigenPairs, eigenpairs, lambda_max
 from analysis.equivalence import Equivalence
 from analysis.estimate import EigenResult, Estimate, Interval, PairedComparison
@@ -94,6 +95,8 @@ __all__ = [
     "moments",
     "paired_runs",
     "random_direction",
+    "read_slice",
+    "read_spectrum",
     "register_metric",
     "relative_flatness",
     "seeds_needed",

@@ -6,7 +6,7 @@ plain; ``h = c grad L(w + c u)`` the gradient in u. Projection onto the ball is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -18,6 +18,8 @@ from masks.context import Batch, LossFn
 from masks.errors import InputError
 from masks.region import Region
 from sam.perturbation import Rule, perturb, total_norm
+
+Check = Callable[[Tensor], None]
 
 _MOMENTUM = 0.75
 _ENOUGH_RISES = 0.75
@@ -42,7 +44,8 @@ class Ball:
     """The maximisation of a loss over the ball around the weights at which it was made.
 
     Values are lists with one tensor per piece of the region, in the piece's form. Every method leaves the weights
-    bit for bit as they were, also when it raises.
+    bit for bit as they were, also when it raises. Every search is given a ``check`` of the losses at the weights, shape
+    (B,), which raises where they are not those of an earlier pass: the search has them anyway.
     """
 
     model: nn.Module
@@ -61,16 +64,16 @@ class Ball:
         scales = [rule.metric.scale(p.row, p.param, w) for p, w in zip(region.pieces, weights, strict=True)]
         return cls(model, loss, region, rule, rho, region.save(), scales, *precision_of(model))
 
-    def one_step(self, batch: Batch) -> float:
+    def one_step(self, batch: Batch, check: Check) -> float:
         """The rise of the loss at the rule's own perturbation: one gradient and one loss."""
         batch = place(batch, self.dtype, self.device)
-        clean, gradients = self._loss_and_gradient(batch)
+        clean, gradients = self._loss_and_gradient(batch, check=check)
         return self._loss_at(batch, self._first_order(gradients)) - clean
 
-    def pgd(self, batch: Batch, steps: int, step_size: float) -> float:
+    def pgd(self, batch: Batch, check: Check, steps: int, step_size: float) -> float:
         """The largest rise over w, the one-step point and the iterates: ``steps`` gradients and two losses."""
         batch = place(batch, self.dtype, self.device)
-        clean, gradients = self._loss_and_gradient(batch)
+        clean, gradients = self._loss_and_gradient(batch, check=check)
         best = max(clean, self._loss_at(batch, self._first_order(gradients)))
         u = [torch.zeros_like(g) for g in self.region.gather(gradients)]
         for step in range(1, steps + 1):
@@ -79,7 +82,7 @@ class Ball:
             best = max(best, value)
         return best - clean
 
-    def apgd(self, batch: Batch, steps: int) -> float:
+    def apgd(self, batch: Batch, check: Check, steps: int) -> float:
         """The largest rise over w and the iterates of Auto-PGD: ``steps`` gradients and one loss.
 
         Croce and Hein 2020 (arXiv 2003.01690), algorithm 1: steps of ``2 rho`` at first, with momentum;
@@ -88,7 +91,7 @@ class Ball:
         size nor the best loss changed since then. The first iterate is the one-step point.
         """
         batch = place(batch, self.dtype, self.device)
-        value, gradients = self._loss_and_gradient(batch)
+        value, gradients = self._loss_and_gradient(batch, check=check)
         clean = best = best_then = value
         u = [torch.zeros_like(g) for g in self.region.gather(gradients)]
         best_u, best_gradients, previous = u, gradients, u
@@ -99,10 +102,10 @@ class Ball:
             if step == 1:
                 u, previous = z, u
             else:
-                ahead = [
-                    a + _MOMENTUM * (b - a) + (1 - _MOMENTUM) * (a - before)
-                    for a, b, before in zip(u, z, previous, strict=True)
-                ]
+                # u + 3/4 (z - u) + 1/4 (u - previous)
+                ahead = _plus(
+                    _plus(u, _MOMENTUM, torch._foreach_sub(z, u)), 1 - _MOMENTUM, torch._foreach_sub(u, previous)
+                )
                 u, previous = self._project(ahead), u
             before_step, (value, gradients) = value, self._evaluate(batch, u, last=step == steps)
             rises += value > before_step
@@ -125,8 +128,7 @@ class Ball:
 
     def _step(self, u: list[Tensor], gradients: list[Tensor], alpha: float) -> list[Tensor]:
         """``proj(u + alpha rho d)``, d the steepest direction of norm 1."""
-        length = alpha * self.rho
-        return self._project([a + length * b for a, b in zip(u, self._direction(gradients), strict=True)])
+        return self._project(_plus(u, alpha * self.rho, self._direction(gradients)))
 
     def _first_order(self, gradients: list[Tensor]) -> list[Tensor]:
         step = perturb(self.rule, self.region, gradients, self.rho)
@@ -145,13 +147,13 @@ class Ball:
         norm = float(total_norm(h))
         if not norm < float("inf"):
             raise InputError("the norm of the gradient overflows")
-        return [t / norm for t in h] if norm > 0 else h
+        return list(torch._foreach_div(h, norm)) if norm > 0 else h
 
     def _project(self, u: list[Tensor]) -> list[Tensor]:
         if self.rule.p != 2:
-            return [t.clamp(-self.rho, self.rho) for t in u]
+            return list(torch._foreach_clamp_max(torch._foreach_clamp_min(u, -self.rho), self.rho))
         norm = float(total_norm(u))
-        return [t * (self.rho / norm) for t in u] if norm > self.rho else u
+        return list(torch._foreach_mul(u, self.rho / norm)) if norm > self.rho else u
 
     @contextmanager
     def _moved(self, delta: list[Tensor] | None) -> Iterator[str]:
@@ -170,15 +172,23 @@ class Ball:
         with self._moved(delta) as where:
             return float(losses(self.model, batch, self.loss, self.dtype, where).double().mean())
 
-    def _loss_and_gradient(self, batch: Batch, delta: list[Tensor] | None = None) -> tuple[float, list[Tensor]]:
+    def _loss_and_gradient(
+        self, batch: Batch, delta: list[Tensor] | None = None, check: Check | None = None
+    ) -> tuple[float, list[Tensor]]:
         with self._moved(delta) as where:
             values = losses(self.model, batch, self.loss, self.dtype, where)
+            if check is not None:
+                check(values)
             mean = values.mean()
             if not mean.requires_grad:
                 raise InputError(
                     "the loss does not depend on any trainable parameter (a forward pass without gradients?)"
                 )
             gradients = list(torch.autograd.grad(mean, self.region.params, materialize_grads=True))
-        if not all(bool(torch.isfinite(g).all()) for g in gradients):
+        if not bool(torch.stack(torch._foreach_norm(gradients, torch.inf)).isfinite().all()):
             raise InputError(f"the gradient of the loss is not finite {where}")
         return float(values.detach().double().mean()), gradients
+
+
+def _plus(u: Sequence[Tensor], factor: float, direction: Sequence[Tensor]) -> list[Tensor]:
+    return list(torch._foreach_add(list(u), torch._foreach_mul(list(direction), factor)))

@@ -14,6 +14,7 @@ from torch import Tensor
 from analysis.estimate import EigenResult
 from analysis.krylov import Lanczos
 from analysis.linear import SymmetricOperator, settings_of
+from analysis.notebook import eigen_html
 from masks.errors import InputError, unknown_name
 
 End = Literal["largest", "smallest", "both"]
@@ -49,6 +50,12 @@ class EigenPairs:
     num_products_check: int
     complete: bool | None
     risk: float | None
+
+    def _repr_html_(self) -> str:
+        words = {None: "not checked", True: "checked: none was passed over", False: "NOT CHECKED TO THE END"}
+        return eigen_html(
+            [*self.largest, *self.smallest], f"{self.num_products} products in all; {words[self.complete]}"
+        )
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
+from analysis.notebook import eigen_html
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -56,6 +58,9 @@ class EigenResult:
     vector: Tensor | None = field(default=None, compare=False, repr=False)
     n: int = 0
     settings: Mapping[str, Any] = field(default_factory=dict, repr=False)
+
+    def _repr_html_(self) -> str:
+        return eigen_html([self])
 
 
 @dataclass(frozen=True)

@@ -141,8 +141,6 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
         InputError: inside ``torch.inference_mode()``; on exit, if the model drew random numbers or changed a buffer
             though in evaluation mode: its loss is then not a function of the weights.
     """
-    if torch.is_inference_mode_enabled():
-        raise InputError("derivatives cannot be taken inside torch.inference_mode(); leave it, or use torch.no_grad()")
     training = [(module, module.training) for module in model.modules()]
     buffers = [
         (m, n, b, b._version, b.clone()) for m in model.modules() for n, b in m._buffers.items() if b is not None
@@ -150,12 +148,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     devices = sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
     random = _random_state(devices)
     try:
-        with ExitStack() as stack:
-            stack.enter_context(torch.enable_grad())
-            for kind in ["cpu", *(["cuda"] if devices else [])]:
-                stack.enter_context(torch.autocast(kind, enabled=False))
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-            stack.enter_context(_plain_kernels())
+        with exact_arithmetic(cuda=bool(devices)):
             model.eval()
             yield
         if any(not torch.equal(a, b) for a, b in zip(random, _random_state(devices), strict=True)):
@@ -176,6 +169,27 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
                 with torch.no_grad():
                     buffer.copy_(saved)
         _set_random_state(random, devices)
+
+
+@contextmanager
+def exact_arithmetic(*, cuda: bool) -> Iterator[None]:
+    """Twice differentiable operations in the precision of their inputs: what :func:`evaluation_mode` sets in torch.
+
+    Args:
+        cuda: also on CUDA devices.
+
+    Raises:
+        InputError: inside ``torch.inference_mode()``.
+    """
+    if torch.is_inference_mode_enabled():
+        raise InputError("derivatives cannot be taken inside torch.inference_mode(); leave it, or use torch.no_grad()")
+    with ExitStack() as stack:
+        stack.enter_context(torch.enable_grad())
+        for kind in ["cpu", *(["cuda"] if cuda else [])]:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(_plain_kernels())
+        yield
 
 
 def _random_state(devices: Sequence[int]) -> list[Tensor]:

@@ -82,27 +82,54 @@ def check_function(
         InputError: two passes whose losses differ by more than rounding, half precision, batch statistics that were not
             asked for; or as :func:`analysis.evaluation.losses`.
     """
+    first = first_pass(model, batches, loss, batch_statistics=batch_statistics)
+    dtype, device = precision_of(model)
+    for i, (given, known) in enumerate(zip(batches, first, strict=True)):
+        with torch.no_grad():
+            check_agreement(i, known, losses(model, place(given, dtype, device), loss, dtype, "at the given weights"))
+    return first
+
+
+def first_pass(
+    model: nn.Module, batches: Sequence[Batch], loss: LossFn, *, batch_statistics: bool = False
+) -> tuple[Tensor, ...]:
+    """The first half of :func:`check_function`, one pass without gradients, for those who make the second one anyway.
+
+    Args, Returns, Raises:
+        As :func:`check_function`, but that nothing is compared yet: hand the losses of each batch, as they come out of
+        the second pass, to :func:`check_agreement`.
+    """
     dtype, device = precision_of(model)
     if not batch_statistics:
         _check_statistics(model)
     out = []
-    for i, given in enumerate(batches):
-        batch = place(given, dtype, device)
-        with torch.no_grad():
-            with _NoHalfPrecision():  # type: ignore[no-untyped-call]
-                first = losses(model, batch, loss, dtype, "at the given weights").double()
-            second = losses(model, batch, loss, dtype, "at the given weights").double()
-        differ = (first - second).abs() > _TOLERANCE[dtype] * (1 + first.abs())
-        if bool(differ.any()):
-            j = int((first - second).abs().argmax())
-            raise InputError(
-                f"data that differ between passes: {int(differ.sum())} of {len(first)} examples of batch {i} have "
-                f"another loss in a second pass at the same weights (example {j}: {float(first[j]):.6g}, then "
-                f"{float(second[j]):.6g}); turn off random augmentation inside the model and dropout that stays on in "
-                "evaluation mode"
-            )
-        out.append(first)
+    for given in batches:
+        with torch.no_grad(), _NoHalfPrecision():  # type: ignore[no-untyped-call]
+            out.append(losses(model, place(given, dtype, device), loss, dtype, "at the given weights").double())
     return tuple(out)
+
+
+def check_agreement(i: int, first: Tensor, second: Tensor) -> None:
+    """Refuse losses of batch i, shape (B,), that differ between two passes at the same weights by more than rounding.
+
+    Args:
+        i: which batch, for the error's text.
+        first: from :func:`first_pass`.
+        second: in the model's precision, which sets the tolerance; its graph is not used.
+
+    Raises:
+        InputError: they differ.
+    """
+    tolerance, second = _TOLERANCE[second.dtype], second.detach().double()
+    differ = (first - second).abs() > tolerance * (1 + first.abs())
+    if bool(differ.any()):
+        j = int((first - second).abs().argmax())
+        raise InputError(
+            f"data that differ between passes: {int(differ.sum())} of {len(first)} examples of batch {i} have "
+            f"another loss in a second pass at the same weights (example {j}: {float(first[j]):.6g}, then "
+            f"{float(second[j]):.6g}); turn off random augmentation inside the model and dropout that stays on in "
+            "evaluation mode"
+        )
 
 
 _TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}

@@ -21,7 +21,7 @@ from analysis.evaluation import (
     precision_of,
     whole_mask,
 )
-from analysis.examples import check_function, data_digest
+from analysis.examples import check_agreement, data_digest, first_pass
 from masks.context import Batch, LossFn, cross_entropy
 from masks.errors import InputError, unknown_name
 from masks.mask import Mask
@@ -84,9 +84,9 @@ def mean_gradient(model: nn.Module, batches: Sequence[Batch], region: Region, lo
     total = [torch.zeros_like(p) for p in region.params]
     count = sum(len(x) for x, _ in batches)
     with evaluation_mode(model):
-        check_function(model, batches, loss)
-        for given in batches:
+        for i, (given, first) in enumerate(zip(batches, first_pass(model, batches, loss), strict=True)):
             values = losses(model, place(given, dtype, device), loss, dtype, "at the given weights")
+            check_agreement(i, first, values)
             _check_depends(values)
             gradients = torch.autograd.grad(values.sum() / count, region.params, materialize_grads=True)
             torch._foreach_add_(total, list(gradients))
@@ -132,12 +132,14 @@ def fisher_trace(
     size = max(1, _CHUNK_BYTES // sum(p.numel() * p.element_size() for p in region.params))
     squares: list[Tensor] = []
     with evaluation_mode(model):
-        check_function(model, batches, loss)
-        for given in batches:
+        known = first_pass(model, batches, loss)
+        for i, given in enumerate(batches):
             x, y = place(given, dtype, device)
+            # Outside vmap, also since norms through a forward pass without gradients would come out as 0.
+            values = losses(model, (x, y), loss, dtype, "at the given weights")
+            check_agreement(i, known[i], values)
+            _check_depends(values)
             y = y if labels == "data" else _sampled_labels(model, x, generator)
-            # Outside vmap: shape, finiteness, and a forward pass without gradients, whose norms would come out as 0.
-            _check_depends(losses(model, (x, y), loss, dtype, "at the given weights"))
             for xs, ys in zip(torch.split(x, size), torch.split(y, size), strict=True):
                 squares += [_squared_norms(g, region) for g in per_example_gradients(model, named, loss, xs, ys)]
     values = torch.cat(squares)

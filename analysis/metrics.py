@@ -61,7 +61,8 @@ class MetricInfo:
             layer times k > 0. Biases that take no part in it excepted.
         source: where it is defined.
         cost: about how many gradients (forward and backward) of all data one value takes; the check that two passes
-            agree (:func:`analysis.examples.check_function`) comes on top with 2/3 of one.
+            agree (:func:`analysis.examples.check_function`) comes on top with 1/3 of one, or 2/3 where the value takes
+            no loss at the weights that could serve as the second.
         grid: its radii, ascending; empty for a metric without a radius.
         masked: whether it can be restricted to a mask.
         convention: whether the radius convention of a mask enters it.

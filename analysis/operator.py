@@ -16,6 +16,7 @@ from scipy.sparse.linalg import LinearOperator
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from analysis.affine_norm import AffineNorm
 from analysis.batch_statistics import batch_statistics
 from analysis.coordinates import Coordinates
 from analysis.evaluation import (
@@ -24,6 +25,7 @@ from analysis.evaluation import (
     describe_loss,
     describe_mask,
     evaluation_mode,
+    exact_arithmetic,
     losses,
     place,
     precision_of,
@@ -221,7 +223,9 @@ class CurvatureOperator(ABC):
         vector = vector.detach()
         direction = self._coordinates.expand(vector if self._scale is None else self._scale * vector)
         product = torch.zeros_like(vector)
-        with self._mode():
+        # Retained records do not run the model.
+        runs = len(self._graphs) < len(self._batches)
+        with self._mode() if runs else exact_arithmetic(cuda=self.device.type == "cuda"):
             for i in range(len(self._batches)):
                 keep = i < len(self._graphs)
                 part = (self._graphs[i] if keep else self._record(i)).product(direction, keep=keep)
@@ -249,7 +253,7 @@ class CurvatureOperator(ABC):
 
     def _losses(self, i: int, loss: LossFn) -> Tensor:
         """The losses of batch i, shape (B,), with their graph."""
-        with self._explained(f"batch {i}"):
+        with self._explained(f"batch {i}"), AffineNorm():
             values = losses(self._model, self._batches[i], loss, self.dtype, "at the given weights")
         if not values.requires_grad:
             raise InputError("the loss does not depend on any trainable parameter (a forward pass without gradients?)")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal, get_args
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import nn
 from analysis.ascent import Ball
 from analysis.estimate import Estimate
 from analysis.evaluation import check_batches, check_mask, describe_mask, evaluation_mode, whole_mask
-from analysis.examples import check_function, data_digest, micro_batches
+from analysis.examples import check_agreement, data_digest, first_pass, micro_batches
 from analysis.logits import chosen_loss
 from analysis.radius import Radius, masked_radius
 from masks.context import Batch, LossFn, cross_entropy
@@ -56,6 +57,8 @@ def m_sharpness(
     - "apgd": by K steps of Auto-PGD (Croce and Hein 2020), which chooses its step size by progress, see
       :meth:`analysis.ascent.Ball.apgd`; again never below 0 or the one-step value. K gradients and one loss.
 
+    That the loss is a fixed function is checked with one loss more (:func:`analysis.examples.first_pass`).
+
     Evaluation mode throughout; the model is left as it was, bit for bit (see
     :func:`analysis.evaluation.evaluation_mode`). Losses are summed in float64.
 
@@ -94,13 +97,13 @@ def m_sharpness(
     taken, loss_name = chosen_loss(loss, normalise_logits)
     ball = Ball.at_weights(model, taken, Region(mask, model), rule, used)
     with evaluation_mode(model):
-        check_function(model, parts, taken)
+        checks = [partial(check_agreement, i, first) for i, first in enumerate(first_pass(model, parts, taken))]
         if method == "one_step":
-            rises = [ball.one_step(part) for part in parts]
+            rises = [ball.one_step(*task) for task in zip(parts, checks, strict=True)]
         elif method == "pgd":
-            rises = [ball.pgd(part, steps, step_size) for part in parts]
+            rises = [ball.pgd(*task, steps, step_size) for task in zip(parts, checks, strict=True)]
         else:
-            rises = [ball.apgd(part, steps) for part in parts]
+            rises = [ball.apgd(*task, steps) for task in zip(parts, checks, strict=True)]
     n = len(rises)
     return Estimate(
         name=(

@@ -26,9 +26,7 @@ class Watch:
     def __init__(self, model: nn.Module, batches: Sequence[Batch], what: str) -> None:
         self._model, self._batches, self._what = model, batches, what
         data = {id(t) for batch in batches for t in batch}
-        self._seen = {
-            name: (t, t._version, None if id(t) in data else _bits(t).clone()) for name, t in self._live().items()
-        }
+        self._seen = {name: _Seen(t, content=id(t) not in data) for name, t in self._live().items()}
 
     def check(self) -> None:
         """Compare with the present.
@@ -37,13 +35,8 @@ class Watch:
             InputError: something has changed, was replaced, added or removed.
         """
         live = self._live()
-        for name in [*self._seen, *live]:
-            tensor, version, bits = self._seen.get(name, (None, 0, None))
-            now = live.get(name)
-            changed = now is None or now is not tensor or now._version != version
-            if not changed and now is not None and bits is not None:
-                changed = now.device != bits.device or not torch.equal(_bits(now), bits)
-            if changed:
+        for name in dict.fromkeys([*self._seen, *live]):
+            if name not in self._seen or not self._seen[name].is_still(live.get(name)):
                 raise InputError(f"{name} has changed since this {self._what} was built; build a new one")
 
     def _live(self) -> dict[str, Tensor]:
@@ -51,6 +44,29 @@ class Watch:
             f"{what} of batch {i}": t for i, xy in enumerate(self._batches) for what, t in zip("xy", xy, strict=True)
         }
         return {**dict(self._model.named_parameters()), **dict(self._model.named_buffers()), **data}
+
+
+class _Seen:
+    """One tensor as it was; without ``content``, its version only."""
+
+    def __init__(self, tensor: Tensor, *, content: bool) -> None:
+        self._tensor, self._version, self._place = tensor, tensor._version, _place(tensor)
+        # Its bits where they lie, made once since that takes as long as a comparison, and a copy of them.
+        self._bits = (_bits(tensor), _bits(tensor).clone()) if content else None
+
+    def is_still(self, now: Tensor | None) -> bool:
+        if now is None or now is not self._tensor or now._version != self._version:
+            return False
+        if self._bits is None:
+            return True
+        there, before = self._bits
+        if _place(now) != self._place:  # after ``tensor.data = other``
+            there = _bits(now)
+        return there.device == before.device and torch.equal(there, before)
+
+
+def _place(tensor: Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
+    return tensor.data_ptr(), tensor.shape, tensor.stride()
 
 
 def _bits(tensor: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from masks.errors import MaskError, MaskFileError
+from masks.notebook import mask_html
 from masks.params import ParamRow, ParamTable
 
 Part = bool | Tensor
@@ -92,7 +93,7 @@ class Mask:
                         f"the part for {row.name} must be a bool tensor of shape {row.shape}, "
                         f"got {part.dtype} of shape {tuple(part.shape)}"
                     )
-                count = int(part.sum())
+                count = int(torch.count_nonzero(part))  # a sum makes a copy of eight bytes per entry
                 part = part.detach().clone() if 0 < count < row.numel else count > 0
             elif not isinstance(part, bool):
                 raise MaskError(f"the part for {row.name} must be a bool or a bool tensor, got {type(part).__name__}")
@@ -146,6 +147,9 @@ class Mask:
             f"Mask({self.provenance.builder}: {self.num_kept:,} of {self.numel:,} coordinates, "
             f"density {self.density:.4%}, {self.num_tensors} of {len(self.table)} tensors)"
         )
+
+    def _repr_html_(self) -> str:
+        return mask_html(self)
 
     # -- algebra --------------------------------------------------------------------------------------------
 

@@ -37,7 +37,8 @@ def per_example_gradients(
     gradients: tuple[Tensor, ...] | None = None
     try:
         # The fused attention kernels have no batching rule: vmap would run them one example at a time.
-        with sdpa_kernel(SDPBackend.MATH):
+        # Outside of grad nothing needs a graph, which the other parameters would otherwise make.
+        with sdpa_kernel(SDPBackend.MATH), torch.no_grad():
             gradients = vmap(grad(one), in_dims=(None, 0, 0))(tuple(p.detach() for p in params.values()), x, y)
     except (RuntimeError, ValueError, NotImplementedError):
         pass

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal
 
 from torch import Tensor
@@ -204,6 +204,14 @@ def _load_builtins() -> None:
         _builtins_loaded = True
 
 
+def _points() -> list[EntryPoint]:
+    return sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda p: (p.name, p.value))
+
+
+def _origin_of_point(point: EntryPoint) -> str:
+    return f"{point.dist.name} {point.dist.version} ({point.value})" if point.dist else point.value
+
+
 def _discover() -> None:
     """Import the built-in masks and, once, the plugins of other distributions."""
     global _discovered
@@ -211,8 +219,8 @@ def _discover() -> None:
         return
     _load_builtins()
     _discovered = True
-    for point in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda p: (p.name, p.value)):
-        origin = f"{point.dist.name} {point.dist.version} ({point.value})" if point.dist else point.value
+    for point in _points():
+        origin = _origin_of_point(point)
         before = set(_registry)
         try:
             with _registering_as(origin):
@@ -244,6 +252,11 @@ def broken_plugins() -> dict[str, str]:
     """Installed plugins that could not be used, with the reason."""
     _discover()
     return dict(_broken)
+
+
+def installed_plugins() -> tuple[str, ...]:
+    """Origins of the installed plugins, broken ones included: distribution, version and module."""
+    return tuple(map(_origin_of_point, _points()))
 
 
 def list_masks() -> tuple[MaskInfo, ...]:

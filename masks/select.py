@@ -10,6 +10,7 @@ from torch import Tensor
 from masks.errors import BuilderError, MaskError
 from masks.mask import Part
 from masks.params import ParamTable
+from masks.ranking import Ranking
 
 
 def check_scores(table: ParamTable, scores: Sequence[Tensor]) -> None:
@@ -28,8 +29,8 @@ def check_scores(table: ParamTable, scores: Sequence[Tensor]) -> None:
             raise BuilderError(f"the scores of {row.name} must have shape {row.shape}, got {got}")
         if not score.dtype.is_floating_point:
             raise BuilderError(f"the scores of {row.name} must be floating point, got {score.dtype}")
-        nans = int(torch.isnan(score).sum())
-        if nans:
+        if row.numel and bool(torch.isnan(score.max())):  # the maximum of what holds a NaN is NaN: one reading
+            nans = int(torch.isnan(score).sum())
             raise BuilderError(f"{nans} of {row.numel} scores of {row.name} are NaN")
 
 
@@ -51,16 +52,7 @@ def top_k(scores: Tensor, k: int, *, largest: bool = True) -> Tensor:
         raise MaskError(f"cannot select {k} of {n} coordinates")
     if k in (0, n):
         return torch.full((n,), k == n, dtype=torch.bool, device=scores.device)
-    if largest:
-        threshold = torch.kthvalue(scores, n - k + 1).values
-        keep = scores > threshold
-    else:
-        threshold = torch.kthvalue(scores, k).values
-        keep = scores < threshold
-    missing = k - int(keep.sum())
-    tied = (scores == threshold).nonzero().squeeze(1)
-    keep[tied[:missing]] = True
-    return keep
+    return Ranking([scores], largest=largest).best(k)[0]
 
 
 def select(
@@ -105,12 +97,9 @@ def select(
         for i, count in zip(rows, counts, strict=True):
             parts[i] = top_k(scores[i].reshape(-1), count, largest=largest).reshape(table.rows[i].shape)
         return tuple(parts)
-    dtype = scores[rows[0]].dtype
-    for i in rows[1:]:
-        dtype = torch.promote_types(dtype, scores[i].dtype)
-    device = scores[rows[0]].device
-    flat = torch.cat([scores[i].reshape(-1).to(device=device, dtype=dtype) for i in rows])
-    keep = torch.split(top_k(flat, num_kept, largest=largest), [table.rows[i].numel for i in rows])
+    if num_kept == available:
+        return tuple(allowed)
+    keep = Ranking([scores[i] for i in rows], largest=largest).best(num_kept)
     for i, part in zip(rows, keep, strict=True):
         parts[i] = part.reshape(table.rows[i].shape)
     return tuple(parts)

@@ -31,9 +31,11 @@ from analysis import (
     xtrace,
 )
 from analysis.examples import data_digest
+from masks.context import cross_entropy
 from masks.errors import InputError, MaskError
 from masks.mask import Mask, Provenance
 from masks.params import ParamTable
+from masks.per_example import per_example_gradients
 from sam.perturbation import Elementwise, Rule
 
 ADAPTIVE = Elementwise(0.0, "adaptive")
@@ -122,6 +124,14 @@ def test_fisher_trace_against_a_loop_over_examples(case, masked):
     got = fisher_trace(case.model, case.batches, mask=mask if masked else None)
     assert got.value == pytest.approx(float(want.mean()), rel=1e-9)
     assert got.standard_error == pytest.approx(float(want.std()) / math.sqrt(150), rel=1e-9)
+
+
+def test_the_frozen_part_of_a_fisher_trace_makes_no_graph(case):
+    model = case.fresh()
+    named = {name: p for name, p in model.named_parameters() if name.endswith("bias")}
+    for gradients in per_example_gradients(model.eval(), named, cross_entropy, case.x[:5], case.y[:5]):
+        assert not any(g.requires_grad for g in gradients)
+        assert any(bool(g.any()) for g in gradients)
 
 
 def test_fisher_trace_where_vmap_cannot_run_the_model():
