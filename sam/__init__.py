@@ -1,6 +1,7 @@
 """How weights are perturbed: one sharpness-aware optimizer for any mask, method and base optimizer."""
 
 from sam.accumulation import Accumulated
+from sam.captured import CapturedStep
 from sam.method import Ascent, Combine, Data, Direction, Method, When
 from sam.mup import MupShapes, mup_init_, mup_param_groups, mup_roles
 from sam.optimizer import SAM, NonFiniteError, StepStats
@@ -22,6 +23,7 @@ __all__ = [
     "SAM",
     "Accumulated",
     "Ascent",
+    "CapturedStep",
     "Combine",
     "Data",
     "Direction",

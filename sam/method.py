@@ -95,7 +95,7 @@ class Ascent:
         found = self.perturbation(step, gradients)
         clean = gradients if step.keeps_clean else []
         del gradients  # held through the second pass they would cost memory and time
-        with step.moved(found.values):
+        with step.moved(found.directions, found.multiplier):
             perturbed = step.descend(passes)
         return Ascended(loss, perturbed, found.radius, found.finite, clean)
 

@@ -24,6 +24,7 @@ from sam.parallel import AscentGradient, Replicas, check_not_sharded, find_wrapp
 from sam.passes import BatchPasses, ClosurePasses, LossFn, NormStatistics, Passes, Surroundings
 from sam.perturbation import NormScope, Rule
 from sam.precision import LossScaling, check_scaler
+from sam.prefix import Prefix, ReusePrefix
 from sam.step import Ascended, Step, StepStats
 from sam.update import NonFiniteError, OnNonFinite, Update
 from sam.wrappers import unwrapped, unwrapped_mask
@@ -77,10 +78,15 @@ class SAM(Optimizer):
             weight, as DDP does, so shards should be of one size. Masks must be the same on all replicas. Methods
             that remember gradients (``friendly_sam``, ``vasso``) remember each replica's own under "replica": every
             rank must then save and load its own :meth:`state_dict`, and that of another rank is refused.
+        reuse_prefix: whether :meth:`step_on` computes once instead of twice what no perturbed weight reaches. It
+            changes no bit, and holds the results of those operations from the first pass to the last; most of them
+            autograd keeps alive anyway. "auto" does so on CPUs where the mask leaves enough in front of it, "on"
+            wherever anything can be reused, "off" never. See :mod:`sam.tape`.
 
     Attributes:
         enabled: set it to False and the base optimizer steps alone, as outside a window of epochs.
         memory: what the method remembers.
+        prefix: how much of the final pass is reused, or why not: see :class:`sam.prefix.Prefix`.
         stats: :class:`StepStats` of the last step, None before the first.
         skipped_steps: how many steps were skipped, 0-dim int64 on the device.
 
@@ -107,6 +113,7 @@ class SAM(Optimizer):
         clip_grad_norm: float | None = None,
         scaler: GradScaler | None = None,
         ascent_gradient: AscentGradient = "replica",
+        reuse_prefix: ReusePrefix = "auto",
     ) -> None:
         _check_base(base_optimizer)
         if rule is not None and method is not None:
@@ -116,6 +123,7 @@ class SAM(Optimizer):
         check_choice("norm_statistics", norm_statistics, get_args(NormStatistics))
         check_choice("on_nonfinite", on_nonfinite, get_args(OnNonFinite))
         check_choice("ascent_gradient", ascent_gradient, get_args(AscentGradient))
+        check_choice("reuse_prefix", reuse_prefix, get_args(ReusePrefix))
         if scaler is not None:
             check_scaler(scaler, on_nonfinite, (p for group in base_optimizer.param_groups for p in group["params"]))
         if norm_scope == "full" and self.method.rule.p == math.inf:
@@ -130,6 +138,7 @@ class SAM(Optimizer):
         self.clip_grad_norm = clip_grad_norm
         self.scaler = scaler
         self.ascent_gradient = ascent_gradient
+        self.reuse_prefix = reuse_prefix
         self.model = unwrapped(model)
         check_not_sharded(self.model)
         mask = unwrapped_mask(mask, self.model)
@@ -182,6 +191,7 @@ class SAM(Optimizer):
             self.memory.fit(self._shapes(bound[0]), same_mask=same)
         self.mask = mask
         self._region, self._whole, self._groups, self._devices = bound
+        self.prefix = Prefix(self.reuse_prefix, self.model, self._region)
         self.skipped_steps = self.skipped_steps.to(self._devices[0])
         scaler = self.scaler
         self._scaling = LossScaling(scaler, self._devices[0]) if scaler is not None and scaler.is_enabled() else None
@@ -334,7 +344,9 @@ class SAM(Optimizer):
             if isinstance(batch, Accumulated):
                 loss: Tensor = self._step(AccumulatedPasses(around, loss_fn, batch))
             else:
-                loss = self._step(BatchPasses(around, loss_fn, batch))
+                tape = self.prefix.tape(around, loss_fn, batch)
+                loss = self._step(BatchPasses(around, loss_fn, batch, tape=tape))
+                self.prefix.finish()
             return loss
 
     # -- the step -------------------------------------------------------------------------------------------

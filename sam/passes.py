@@ -16,6 +16,7 @@ from masks.norm_stats import frozen_statistics
 from masks.region import Region
 from sam.parallel import Replicas
 from sam.precision import LossScaling
+from sam.tape import Tape
 
 NormStatistics = Literal["first", "second", "both"]
 LossFn = Callable[[Any], Tensor]
@@ -145,14 +146,25 @@ class ClosurePasses(Passes):
 class BatchPasses(Passes):
     """Passes of a per-example loss on a batch.
 
+    Args:
+        tape: what the final pass finds there it does not compute again; see :mod:`sam.prefix`.
+
     Attributes:
         weight: share of the step's gradient that this batch has; None for all of it.
         clean_losses: the losses of the clean pass, shape (B,), detached; None before it.
     """
 
-    def __init__(self, surroundings: Surroundings, loss_fn: LossFn, batch: Any, *, weight: float | None = None) -> None:
+    def __init__(
+        self,
+        surroundings: Surroundings,
+        loss_fn: LossFn,
+        batch: Any,
+        *,
+        weight: float | None = None,
+        tape: Tape | None = None,
+    ) -> None:
         super().__init__(surroundings)
-        self._loss_fn, self._batch, self.weight = loss_fn, batch, weight
+        self._loss_fn, self._batch, self.weight, self._tape = loss_fn, batch, weight, tape
         self.clean_losses: Tensor | None = None
 
     def losses(self, role: Role) -> Tensor:
@@ -165,7 +177,8 @@ class BatchPasses(Passes):
             return self._losses(role)
 
     def _losses(self, role: Role) -> Tensor:
-        losses = per_example(self._loss_fn(self._batch))
+        with nullcontext() if self._tape is None else self._tape.during(role):
+            losses = per_example(self._loss_fn(self._batch))
         if role == "clean":
             self.clean_losses = losses.detach()
         return losses
@@ -248,7 +261,7 @@ class BatchPasses(Passes):
         Raises:
             InputError: it holds no tensor, or tensors of different lengths.
         """
-        lengths = {len(t) for t in _tensors(self._batch) if t.ndim}
+        lengths = {len(t) for t in tensors_of(self._batch) if t.ndim}
         if len(lengths) != 1:
             raise InputError(
                 f"this method divides the batch, whose tensors must all have one entry per example; found lengths "
@@ -269,14 +282,15 @@ def take(batch: Any, index: Tensor) -> Any:
     return batch
 
 
-def _tensors(batch: Any) -> Iterator[Tensor]:
+def tensors_of(batch: Any) -> Iterator[Tensor]:
+    """The tensors in a tuple, list or dict of them."""
     if isinstance(batch, Tensor):
         yield batch
     elif isinstance(batch, (tuple, list)):
         for item in batch:
-            yield from _tensors(item)
+            yield from tensors_of(item)
     elif isinstance(batch, dict):
-        yield from _tensors(list(batch.values()))
+        yield from tensors_of(list(batch.values()))
 
 
 def dense(region: Region, gradients: Sequence[Tensor]) -> list[Tensor]:

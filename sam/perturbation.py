@@ -173,17 +173,26 @@ RULE_NAMES = ("l2", "linf", "elementwise_l2", "elementwise_linf", "layerwise_l2"
 
 @dataclass(frozen=True, eq=False)
 class Perturbation:
-    """A perturbation of a region.
+    """A perturbation of a region, ``eps = multiplier * directions``: eps itself need not lie in memory.
 
     Attributes:
-        values: eps, one tensor per piece of the region, in the piece's form.
-        radius: ``||eps||_2``, 0-dim float64.
+        directions: one tensor per piece of the region, in the piece's form; they may be the gradients themselves.
+        multiplier: 0-dim, in their dtype; None for 1.
+        radius: ``||eps||_2`` up to roundings of eps, 0-dim float64.
         finite: whether the gradient was finite, 0-dim bool; where it was not, eps is zero.
     """
 
-    values: list[Tensor]
+    directions: list[Tensor]
+    multiplier: Tensor | None
     radius: Tensor
     finite: Tensor
+
+    @property
+    def values(self) -> list[Tensor]:
+        """eps, one tensor per piece of the region, in the piece's form."""
+        if self.multiplier is None or not self.directions:
+            return self.directions
+        return list(torch._foreach_mul(self.directions, self.multiplier))
 
 
 _ZERO = 1e-30  # rho / norm must stay a float32
@@ -255,6 +264,8 @@ class RegionVector:
 
     def scales(self, metric: Metric) -> list[Tensor | None]:
         """T of every piece."""
+        if isinstance(metric, Identity):  # before the weights are gathered for it
+            return [None] * len(self.values)
         gradients: Sequence[Tensor | None] = self.gradient or [None] * len(self.values)
         tensors = self.weights or [piece.param for piece in self.region.pieces]
         return [
@@ -340,13 +351,14 @@ def _perturb_along(
     finite = torch.isfinite(norm)
     multipliers = _factors(inverse, radii, directions)
     if not directions:
-        values: list[Tensor] = []
-    elif all(m is multipliers[0] for m in multipliers) and not torch.is_grad_enabled():
-        # One launch on an accelerator, not one per tensor; torch fails in its derivative (2.14).
-        values = _where(finite, torch._foreach_mul(directions, multipliers[0]))
-    else:
+        return Perturbation([], None, torch.zeros_like(norm), finite)
+    if torch.is_grad_enabled() or any(m is not multipliers[0] for m in multipliers):
         values = _where(finite, torch._foreach_mul(directions, multipliers))
-    return Perturbation(values, total_norm(values).to(norm.device), finite)
+        return Perturbation(values, None, total_norm(values).to(norm.device), finite)
+    plain = norm_over is None and rule.p == 2 and all(scale is None for scale in scales)
+    length = norm if plain else total_norm(directions).to(norm.device)
+    radius = torch.where(finite, multipliers[0].double() * length, 0.0)
+    return Perturbation(_where(finite, directions), multipliers[0], radius, finite)
 
 
 def _factors(inverse: Tensor, radii: Sequence[float | Tensor], like: Sequence[Tensor]) -> list[Tensor]:

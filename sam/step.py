@@ -151,21 +151,19 @@ class Step:
         return perturb_along(self.method.rule, along, rho, norm_over=norm_over)
 
     @contextmanager
-    def moved(self, values: list[Tensor]) -> Iterator[None]:
+    def moved(self, values: list[Tensor], multiplier: Tensor | None = None) -> Iterator[None]:
         """Inside, the weights are w + eps; on the way out, whatever happens, w again.
 
         Args:
-            values: eps; the list is emptied, so that nothing holds its memory through the next pass.
+            values: eps, or its directions; the list is emptied, so that nothing holds its memory through the next pass.
+            multiplier: of the directions; None for 1.
         """
-        saved = self.region.save()
         try:
-            self.region.add_(values)
-            values.clear()
-            # Autocast keeps low-precision copies of the weights it has seen, changed in place since or not.
-            torch.clear_autocast_cache()
-            yield
+            with self.region.moved(values, multiplier):
+                # Autocast keeps low-precision copies of the weights it has seen, changed in place since or not.
+                torch.clear_autocast_cache()
+                yield
         finally:
-            self.region.restore(saved)
             torch.clear_autocast_cache()
 
     def descend(self, passes: Passes) -> Any:

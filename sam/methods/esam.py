@@ -54,7 +54,7 @@ class StochasticPerturbation(Ascent):
         if self.unit == "tensor":
             return found
         values = [torch.where(self._draw(v, step.memory).to(v.device), v / self.beta, 0) for v in found.values]
-        return Perturbation(values, total_norm(values).to(found.radius.device), found.finite)
+        return Perturbation(values, None, total_norm(values).to(found.radius.device), found.finite)
 
     def _draw(self, like: Tensor, memory: Memory) -> Tensor:
         return torch.rand(like.shape, dtype=torch.float32, generator=memory.generator) < self.beta

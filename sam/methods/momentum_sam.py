@@ -39,7 +39,7 @@ class AgainstMomentum(Ascent):
         if along is None:  # the first step
             return Ascended.unperturbed(passes.backward("only"), step.region.params[0].device)
         found = step.perturb(along, norm_over=None if counted is None else _descent(step.base, counted))
-        with step.moved(found.values):
+        with step.moved(found.directions, found.multiplier):
             perturbed = passes.backward("only")
         return Ascended(None, perturbed, found.radius, found.finite)
 

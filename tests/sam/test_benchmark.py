@@ -6,35 +6,46 @@ import json
 
 import pytest
 
-from benchmarks import method_cost, step_cost
+from benchmarks import method_cost, perturb_cost, step_cost
 from sam import MethodSpec
 
 
 @pytest.mark.parametrize("model", ["resnet20", pytest.param("resnet18_w16", marks=pytest.mark.slow), "vit_d128"])
 def test_step_cost(model, tmp_path, capsys):
     path = tmp_path / "cost.json"
-    arguments = ["--model", model, "--rounds", "1", "--batch-size", "2", "--device", "cpu", "--json", str(path)]
-    step_cost.main(arguments)
+    step_cost.main(["--model", model, "--rounds", "1", "--batch-size", "2", "--json", str(path)])
     result = json.loads(path.read_text())
-    assert result["settings"] == {"model": model, "rounds": 1, "batch_size": 2, "seed": 0}
+    assert result["settings"] == {"model": model, "rounds": 1, "batch_size": 2}
     assert {"torch", "cpu", "threads", "load_average"} <= result["environment"].keys()
     assert result["environment"]["threads"] == 1
-    assert len(result["rounds"]) == 1
-    assert sorted(result["rounds"][0]["order"]) == sorted(step_cost.LABELS)
-    assert result["num_kept"]["random"] == result["num_kept"]["norm"]
-    assert result["held"]["norm"]["share_of_parameters"] < 0.01
-    assert result["held"]["all"]["share_of_parameters"] == pytest.approx(1.0)
-    assert result["flop_limit"]["all"] == pytest.approx(2.0)
-    assert 1.6 < result["flop_limit"]["norm"] < 1.7
-    assert [item["target"] for item in result["targets"]] == [
-        "step cost, all",
-        "step cost, norm",
-        "norm relative to all",
-        "held by norm / parameters",
-    ]
+    [only] = result["rounds"][model]
+    assert sorted(only["order"]) == sorted(["sgd", *step_cost.LABELS])
+    rows = {row["what"].removeprefix(f"{model}, "): row for row in result["rows"]}
+    for name, label in step_cost.LABELS.items():
+        assert rows[label]["found"]["median"] == only["seconds"][name] / only["seconds"]["sgd"]
+    assert rows["norm"]["found"]["median"] == only["seconds"]["norm"] / only["seconds"]["all"]
+    limits = {name: rows[label]["limit"] for name, label in step_cost.LABELS.items()}
+    assert limits["all"] == limits["norm_closure"] == pytest.approx(2.0)
+    assert 1.6 < limits["norm"] < 1.7
+    assert 1 < limits["last_stage"] < (1.35 if model == "resnet20" else 1.25)
+    assert 0.99 < limits["classifier"] < 1.01
+    assert rows["SAM, norm"]["at_most"] == (1.78 if model.startswith("resnet18") else 1.85)
+    assert rows["held by norm"]["found"]["median"] == 4
+    assert rows["held by random"]["found"]["median"] <= 16
     printed = capsys.readouterr().out
-    assert "SAM, norm (step_on)" in printed
-    assert "at most 1.85" in printed
+    assert all(f"{row['what']}  " in printed for row in result["rows"])
+
+
+def test_perturb_cost(tmp_path):
+    path = tmp_path / "cost.json"
+    perturb_cost.main(["--model", "resnet20", "--rounds", "2", "--batch-size", "2", "--json", str(path)])
+    result = json.loads(path.read_text())
+    rows = {(row["what"], row["unit"]): row for row in result["rows"]}
+    assert rows["norm", "naive SAM-ON"]["at_most"] == 0.3
+    assert rows["random 1.0%", "an SGD step"]["at_most"] == 0.01
+    first = result["rounds"]["moves"]
+    ratio = sorted(r["seconds"]["norm"] / r["seconds"]["norm, naive SAM-ON"] for r in first)
+    assert rows["norm", "naive SAM-ON"]["found"]["median"] == pytest.approx(sum(ratio) / 2)
 
 
 def test_method_cost(tmp_path, capsys):
