@@ -1,6 +1,7 @@
 """Random changes of training images, on whole batches and on the device of the batch: no Python per image.
 
-All random numbers come from one generator on the CPU, so that the same seed gives the same changes on every device and
+``resized_crop`` alone is done where images are decoded (:mod:`experiments.stream`), since it needs the whole image. All
+random numbers come from one generator on the CPU, so that the same seed gives the same changes on every device and
 in every arm of a comparison. A batch is changed once, before the step: both passes of SAM see the same images.
 """
 
@@ -13,9 +14,10 @@ import torch
 from torch import Tensor
 
 from experiments.autoaugment import POLICIES, AutoAugment
+from experiments.images import Images
 from masks.errors import InputError, unknown_name
 
-_DEFAULTS: dict[str, Any] = {"crop": 4, "flip": True, "autoaugment": "cifar10", "cutout": 16}
+_DEFAULTS: dict[str, Any] = {"resized_crop": True, "crop": 4, "flip": True, "autoaugment": "cifar10", "cutout": 16}
 """The parts, in the order in which they are applied, and what each means without a value."""
 
 
@@ -32,6 +34,8 @@ class Augmentation:
         cutout: side of the square that Cutout (DeVries and Taylor, 2017) sets to the mean of the training images
             (0 after standardisation); its centre is drawn uniformly from all pixels, so that a part of it may lie
             outside; 0 for none. They use 16 for CIFAR-10 and 8 for CIFAR-100.
+        resized_crop: before all that, a window of random area and aspect ratio is cut out of the image as it is in its
+            file and scaled, see :meth:`experiments.stream.FileImages.cropped`; with ``flip``, the custom for ImageNet.
 
     Raises:
         InputError: a negative number, or an unknown policy.
@@ -41,6 +45,7 @@ class Augmentation:
     flip: bool = False
     autoaugment: str = ""
     cutout: int = 0
+    resized_crop: bool = False
 
     def __post_init__(self) -> None:
         for name in ("crop", "cutout"):
@@ -66,8 +71,8 @@ class Augmentation:
                 raise InputError(f"augmentation {text!r}: {unknown_name('part', name, [*_DEFAULTS, 'none'])}")
             if name in found:
                 raise InputError(f"augmentation {text!r} has {name} twice")
-            if name == "flip" and equals:
-                raise InputError(f"augmentation {text!r}: flip takes no value, found {value!r}")
+            if _DEFAULTS[name] is True and equals:
+                raise InputError(f"augmentation {text!r}: {name} takes no value, found {value!r}")
             if equals and name != "autoaugment" and not (value.isascii() and value.isdigit() and int(value) > 0):
                 raise InputError(f"augmentation {text!r}: {name} must be a number of pixels from 1 on, found {value!r}")
             if equals and name == "autoaugment" and not value:
@@ -92,9 +97,10 @@ class Augmenter:
 
     Args:
         augmentation: what is done.
-        images: the standardised training images, N x C x H x W, to check that it can be done to them.
+        images: the standardised training images, to check that it can be done to them.
         mean: of the training images per channel, C; what was subtracted.
         std: what they were divided by, C.
+        device: of the batches.
         seed: of the generator.
 
     Raises:
@@ -102,12 +108,14 @@ class Augmenter:
             have 1 or 3 channels and values from 0 to 1 before standardisation.
     """
 
-    def __init__(self, augmentation: Augmentation, images: Tensor, mean: Tensor, std: Tensor, seed: int) -> None:
+    def __init__(
+        self, augmentation: Augmentation, images: Images, mean: Tensor, std: Tensor, device: torch.device, seed: int
+    ) -> None:
         self.augmentation = augmentation
         self.generator = torch.Generator().manual_seed(seed)
-        self._mean, self._std = (t.to(images.device)[:, None, None] for t in (mean, std))
+        self._mean, self._std = (t.to(device)[:, None, None] for t in (mean, std))
         self._policy = AutoAugment(augmentation.autoaugment) if augmentation.autoaugment else None
-        height, width = images.shape[2:]
+        _, channels, height, width = images.shape
         side = min(height, width)
         if augmentation.crop >= side or augmentation.cutout >= 2 * side:
             raise InputError(
@@ -115,11 +123,12 @@ class Augmenter:
                 f"cutout below {2 * side}"
             )
         if self._policy is not None:
-            raw = images.amin((0, 2, 3), keepdim=True), images.amax((0, 2, 3), keepdim=True)
+            least, greatest = images.ranges()
+            raw = least.amin(0)[:, None, None].to(device), greatest.amax(0)[:, None, None].to(device)
             low, high = (v * self._std + self._mean for v in raw)
-            if images.shape[1] not in (1, 3) or float(low.min()) < -1e-3 or float(high.max()) > 1 + 1e-3:
+            if channels not in (1, 3) or float(low.min()) < -1e-3 or float(high.max()) > 1 + 1e-3:
                 raise InputError(
-                    f"AutoAugment needs images with 1 or 3 channels and values from 0 to 1; found {images.shape[1]} "
+                    f"AutoAugment needs images with 1 or 3 channels and values from 0 to 1; found {channels} "
                     f"channels and values from {float(low.min()):.4g} to {float(high.max()):.4g}"
                 )
 

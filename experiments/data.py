@@ -1,4 +1,4 @@
-"""Labelled images in memory, from sklearn, torchvision, a folder or an ``.npz`` file.
+"""Labelled images, from sklearn, torchvision, a folder or an ``.npz`` file.
 
 Nothing here is random; :mod:`experiments.split` draws training, validation and test images.
 """
@@ -19,10 +19,12 @@ import torch
 from torch import Tensor
 
 from experiments.image_folder import read_folder
+from experiments.images import Images, TensorImages
 from masks.errors import InputError, unknown_name
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
+_FORMS = {"folder": "DIR", "stream": "DIR@SIZE", "npz": "FILE"}
 NPZ_KEYS = ("x_train", "y_train", "x_test", "y_test")
 
 _BY_FLAG = ({"train": True}, {"train": False})
@@ -45,24 +47,24 @@ TORCHVISION: dict[str, tuple[str, tuple[dict[str, Any], ...], bool]] = {
 class ImageSet:
     """Labelled images before any draw, noise or standardisation.
 
-    The position of an image in ``x`` is its id. Images of the data set's own test split, where it has one,
+    The position of an image in ``images`` is its id. Images of the data set's own test split, where it has one,
     come last. Error messages call the two parts x_train, y_train and x_test, y_test, as an ``.npz`` does.
 
     Attributes:
         name: the spec that it was loaded from.
-        x: float32, N x C x H x W, C from 1 to 4; uint8 sources are scaled to [0, 1].
+        images: N x C x H x W, C from 1 to 4; uint8 sources are scaled to [0, 1].
         y: int64, N; classes are 0 to ``num_classes - 1`` and each has an image before the own test split.
         num_own_test: how many of the last images are the own test split; 0 for none.
         class_names: in label order, or empty.
         num_classes: number of classes.
-        digest: hex SHA-256 of ``num_own_test``, the shape and the contents of ``x`` and ``y``.
+        digest: hex SHA-256 of ``num_own_test``, the shape and the contents of ``images``, and ``y``.
 
     Raises:
-        InputError: the tensors do not fit each other, a value is not finite, a class lacks images, ...
+        InputError: images and labels do not fit each other, a value is not finite, a class lacks images, ...
     """
 
     name: str
-    x: Tensor
+    images: Images
     y: Tensor
     num_own_test: int = 0
     class_names: tuple[str, ...] = ()
@@ -70,49 +72,52 @@ class ImageSet:
     digest: str = field(init=False)
 
     def __post_init__(self) -> None:
-        x, y = self.x, self.y
-        if x.dtype != torch.float32 or x.ndim != 4 or not x.is_contiguous() or not 1 <= x.shape[1] <= 4:
+        shape, y = self.images.shape, self.y
+        if y.dtype != torch.int64 or y.shape != shape[:1]:
             raise InputError(
-                f"{self.name}: images must be contiguous float32 N x C x H x W with C from 1 to 4, "
-                f"found {x.dtype} of shape {tuple(x.shape)}"
-            )
-        if y.dtype != torch.int64 or y.shape != x.shape[:1]:
-            raise InputError(
-                f"{self.name}: labels must be int64, one for each of the {len(x)} images, "
+                f"{self.name}: labels must be int64, one for each of the {shape[0]} images, "
                 f"found {y.dtype} of shape {tuple(y.shape)}"
             )
-        if x.numel() == 0 or not 0 <= self.num_own_test < len(x):
+        if not all(shape) or not 0 <= self.num_own_test < shape[0]:
             raise InputError(
-                f"{self.name}: no training images ({len(x)} images of shape {tuple(x.shape[1:])}, "
+                f"{self.name}: no training images ({shape[0]} images of shape {shape[1:]}, "
                 f"{self.num_own_test} of them in the test split)"
             )
         self._check_values()
         object.__setattr__(self, "num_classes", int(y.max()) + 1)
         if self.class_names and len(self.class_names) != self.num_classes:
             raise InputError(f"{self.name}: {len(self.class_names)} class names for {self.num_classes} classes")
-        digest = hashlib.sha256(f"{self.num_own_test} {tuple(x.shape)}".encode())
-        digest.update(x.numpy().data)
+        digest = hashlib.sha256(f"{self.num_own_test} {shape}".encode())
+        digest.update(self.images.content())
         digest.update(y.numpy().data)
         object.__setattr__(self, "digest", digest.hexdigest())
 
     @property
     def num_train(self) -> int:
         """Number of images before the own test split: all of them where there is none."""
-        return len(self.x) - self.num_own_test
+        return len(self.y) - self.num_own_test
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """Channels, height and width."""
-        channels, height, width = self.x.shape[1:]
-        return channels, height, width
+        return self.images.shape[1:]
+
+    @property
+    def x(self) -> Tensor:
+        """All images, N x C x H x W, in memory."""
+        return self.images.read(torch.arange(len(self.y)))
+
+    def first(self, n: int) -> Tensor:
+        """The first n images, or all."""
+        return self.images.read(torch.arange(min(n, len(self.y))))
 
     def _check_values(self) -> None:
-        low, high = torch.aminmax(self.x.flatten(1), dim=1)  # NaN passes through; no copy of the images
-        bad = (~(low.isfinite() & high.isfinite())).nonzero().flatten().tolist()
+        low, high = self.images.ranges()
+        bad = (~(low.isfinite() & high.isfinite()).all(1)).nonzero().flatten().tolist()
         if bad:
             part, i = ("x_train", bad[0]) if bad[0] < self.num_train else ("x_test", bad[0] - self.num_train)
             raise InputError(
-                f"{self.name}: {len(bad)} of {len(self.x)} images hold NaN or infinite float32 values, "
+                f"{self.name}: {len(bad)} of {len(self.y)} images hold NaN or infinite float32 values, "
                 f"the first is image {i} of {part}; repair or drop them"
             )
         train, test = self.y[: self.num_train], self.y[self.num_train :]
@@ -167,7 +172,7 @@ class ImageSet:
             out.copy_(source)
             if source.dtype == torch.uint8:
                 out.div_(255)
-        return cls(name, pixels, torch.cat(labels), sum(counts[1:]), tuple(class_names))
+        return cls(name, TensorImages(pixels), torch.cat(labels), sum(counts[1:]), tuple(class_names))
 
 
 def _as_images(where: str, x: Array) -> Tensor:
@@ -216,9 +221,13 @@ def load_data(spec: str, *, cache_dir: str | os.PathLike[str] | None = None, dow
             - ``folder:DIR`` with ``DIR/train/CLASS/*`` and ``DIR/test/CLASS/*`` (or ``val``), or ``DIR/CLASS/*``, or
               the files of Tiny ImageNet, see :func:`experiments.image_folder.read_folder`; ``folder:DIR@64`` cuts the
               images square and scales them to 64x64 pixels;
+            - ``stream:DIR@224`` with the same layouts, for data sets larger than memory: images stay in their files,
+              are decoded when they are needed and become 224x224 pixels, see :class:`experiments.stream.FileImages`.
+              The first time, all files are read once, for the digest of their contents, which is kept in ``cache_dir``
+              (:func:`experiments.stream.scan`); an image that cannot be decoded is an error when it is needed;
             - ``npz:FILE`` with ``x_train``, ``y_train``, ``x_test``, ``y_test``, see
               :meth:`ImageSet.from_arrays`. Never unpickles.
-        cache_dir: where torchvision keeps its files, a folder per data set; by default
+        cache_dir: where torchvision keeps its files, a folder per data set, and digests are kept; by default
             ``$XDG_CACHE_HOME/sam-masks`` or ``~/.cache/sam-masks``.
         download: let torchvision fetch files that are missing.
 
@@ -226,26 +235,39 @@ def load_data(spec: str, *, cache_dir: str | os.PathLike[str] | None = None, dow
         InputError: an unknown name, missing or damaged files, no network, or content that is not usable.
     """
     kind, colon, path = spec.partition(":")
-    if colon and kind in ("folder", "npz"):
+    if cache_dir is None:
+        cache_dir = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "sam-masks"
+    if colon and kind in _FORMS:
         if not path:
-            raise InputError(f"data {spec!r} lacks the path: {kind}:{'DIR' if kind == 'folder' else 'FILE'}")
+            raise InputError(f"data {spec!r} lacks the path: {kind}:{_FORMS[kind]}")
         if kind == "npz":
             return _load_npz(spec, Path(path).expanduser())
-        folder, at, size = path.rpartition("@")
-        if at and size.isascii() and size.isdigit() and not Path(path).expanduser().exists():
-            if not 1 <= int(size) <= 4096:
-                raise InputError(f"{spec}: the side after @ must be from 1 to 4096 pixels, found {size}")
-            return ImageSet.from_arrays(spec, *read_folder(spec, Path(folder).expanduser(), int(size)))
-        return ImageSet.from_arrays(spec, *read_folder(spec, Path(path).expanduser()))
+        folder, size = _folder_and_size(spec, path)
+        if kind == "folder":
+            return ImageSet.from_arrays(spec, *read_folder(spec, folder, size))
+        if size is None:
+            raise InputError(f"data {spec!r} lacks the side of the images in pixels: {spec}@224")
+        from experiments.stream import stream_folder  # imports torchvision, which takes a second
+
+        images, labels, num_own_test, classes = stream_folder(spec, folder, size, Path(cache_dir) / "stream")
+        return ImageSet(spec, images, labels, num_own_test, tuple(classes))
     if spec == "digits":
         return _load_digits()
     names = {name.replace("_", ""): name for name in TORCHVISION}
     name = names.get(spec.lower().replace("_", "").replace("-", ""))
     if name is None:
-        raise InputError(unknown_name("data set", spec, ["digits", *TORCHVISION, "folder:DIR", "npz:FILE"]))
-    if cache_dir is None:
-        cache_dir = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "sam-masks"
+        raise InputError(unknown_name("data set", spec, ["digits", *TORCHVISION, *map(":".join, _FORMS.items())]))
     return _load_torchvision(name, Path(cache_dir) / name, download)
+
+
+def _folder_and_size(spec: str, path: str) -> tuple[Path, int | None]:
+    """A folder, and the side behind its last @, unless that belongs to the name of a folder that exists."""
+    folder, at, size = path.rpartition("@")
+    if not at or not (size.isascii() and size.isdigit()) or Path(path).expanduser().exists():
+        return Path(path).expanduser(), None
+    if not 1 <= int(size) <= 4096:
+        raise InputError(f"{spec}: the side after @ must be from 1 to 4096 pixels, found {size}")
+    return Path(folder).expanduser(), int(size)
 
 
 def _load_digits() -> ImageSet:

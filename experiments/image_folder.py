@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from masks.errors import InputError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
 SUFFIXES = frozenset((".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"))
 
 
-def read_folder(spec: str, root: Path, size: int | None = None) -> tuple[list[tuple[Array, Array]], list[str]]:
-    """Read ``root/train/CLASS/*`` and ``root/test/CLASS/*``, or ``root/CLASS/*`` without own test split.
+GREY = frozenset(("1", "L", "LA"))
+"""Modes of grey images, as Pillow calls them."""
+
+
+def list_folder(spec: str, root: Path) -> tuple[list[str], list[Array], list[str]]:
+    """Find ``root/train/CLASS/*`` and ``root/test/CLASS/*``, or ``root/CLASS/*`` without own test split.
 
     ``root/val`` is taken where there is no ``root/test``, as in ImageNet; where there are both, ``val`` is not read.
     In Tiny ImageNet, whose ``test`` has no labels, ``root/val/images/*`` with the classes that
@@ -24,21 +32,16 @@ def read_folder(spec: str, root: Path, size: int | None = None) -> tuple[list[tu
     are numbered in the order of their sorted names; images are sorted by path within a class and may lie in
     folders of the class folder. Files without an image's suffix, hidden files and hidden folders are passed over.
 
-    Grey images keep one channel if all images are grey; else all become RGB. Transparency is dropped.
-
     Args:
         spec: what messages start with.
         root: the folder.
-        size: the largest square around the centre of each image is cut out and scaled to this side, in pixels,
-            bilinearly; None to take the images as they are.
 
     Returns:
-        The parts ``(images, labels)``, training first: uint8, N x H x W or N x H x W x 3, and int64, N. And the
-        class names.
+        Paths of all images, training first; their labels, int64, in one piece per part (training, own test split); and
+        the class names.
 
     Raises:
-        InputError: a folder or images are missing, an image cannot be read, has more than 8 bits per channel
-            or another size than the first, the test split has a class that the training part lacks, or an
+        InputError: a folder or images are missing, the test split has a class that the training part lacks, or an
             annotation is not of an image that is there.
     """
     if not root.is_dir():
@@ -60,7 +63,7 @@ def read_folder(spec: str, root: Path, size: int | None = None) -> tuple[list[tu
     if extra:
         raise InputError(f"{spec}: {folders[-1]} has class {extra[0]!r}, which {folders[0]} lacks")
 
-    paths: list[Path] = []
+    paths: list[str] = []
     labels: list[Array] = []
     for folder in folders:
         counts = []
@@ -68,17 +71,60 @@ def read_folder(spec: str, root: Path, size: int | None = None) -> tuple[list[tu
             found = sorted(p for p in (folder / name).rglob("*") if p.suffix.lower() in SUFFIXES and p.name[0] != ".")
             if not found and folder == folders[0]:
                 raise InputError(f"{spec}: class folder {folder / name} has no images")
-            paths += found
+            paths += map(str, found)
             counts.append(len(found))
         if not sum(counts):
             raise InputError(f"{spec}: {folder} has no images")
         labels.append(np.repeat(np.arange(len(names)), counts))
     if folders == [train]:
         found, classes = _annotated(spec, annotations, names)
-        paths += found
+        paths += map(str, found)
         labels.append(classes)
+    return paths, labels, names
+
+
+def read_folder(spec: str, root: Path, size: int | None = None) -> tuple[list[tuple[Array, Array]], list[str]]:
+    """Read all images of a folder in a layout of :func:`list_folder`.
+
+    Grey images keep one channel if all images are grey; else all become RGB. Transparency is dropped.
+
+    Args:
+        spec: what messages start with.
+        root: the folder.
+        size: the largest square around the centre of each image is cut out and scaled to this side, in pixels,
+            bilinearly; None to take the images as they are.
+
+    Returns:
+        The parts ``(images, labels)``, training first: uint8, N x H x W or N x H x W x 3, and int64, N. And the
+        class names.
+
+    Raises:
+        InputError: as in :func:`list_folder`; or an image cannot be read, has more than 8 bits per channel, or another
+            size than the first.
+    """
+    paths, labels, names = list_folder(spec, root)
     images = np.split(_read_images(spec, paths, size), [len(labels[0])])
     return list(zip(images, labels, strict=False)), names  # without own test split, the last piece is empty
+
+
+@contextmanager
+def opened(spec: str, path: Path) -> Iterator[Image]:
+    """An image file, of which only the header has been read.
+
+    Raises:
+        InputError: what is done inside finds that it cannot be read, or it has more than 8 bits per channel.
+    """
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith(("I", "F")):
+                raise InputError(f"{spec}: {path} has mode {image.mode}, more than 8 bits; convert it to 8 bits")
+            yield image
+    except InputError:
+        raise
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # SyntaxError: broken PNG
+        raise InputError(f"{spec}: {path} is not a readable image ({error})") from None
 
 
 def _subfolders(folder: Path) -> list[str]:
@@ -104,23 +150,16 @@ def _annotated(spec: str, annotations: Path, names: list[str]) -> tuple[list[Pat
     return [path for _, path in found], np.array([label for label, _ in found])
 
 
-def _read_images(spec: str, paths: Sequence[Path], size: int | None) -> Array:
+def _read_images(spec: str, paths: Sequence[str], size: int | None) -> Array:
     from PIL import Image, ImageOps
 
     images: list[Array] = []
     for path in paths:
-        try:
-            with Image.open(path) as image:
-                if image.mode.startswith(("I", "F")):
-                    raise InputError(f"{spec}: {path} has mode {image.mode}, more than 8 bits; convert it to 8 bits")
-                plain = image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")
-                if size is not None:
-                    plain = ImageOps.fit(plain, (size, size), Image.Resampling.BILINEAR)
-                images.append(np.asarray(plain))
-        except InputError:
-            raise
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # SyntaxError: broken PNG
-            raise InputError(f"{spec}: {path} is not a readable image ({error})") from None
+        with opened(spec, Path(path)) as image:
+            plain = image.convert("L" if image.mode in GREY else "RGB")
+            if size is not None:
+                plain = ImageOps.fit(plain, (size, size), Image.Resampling.BILINEAR)
+            images.append(np.asarray(plain))
         (height, width), (height_0, width_0) = images[-1].shape[:2], images[0].shape[:2]
         if (height, width) != (height_0, width_0):
             raise InputError(

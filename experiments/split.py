@@ -14,7 +14,6 @@ The rules that keep a comparison honest:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 
 from experiments.data import ImageSet
+from experiments.images import Images
 from experiments.seeds import derive_seed
 from masks.errors import InputError
 
@@ -36,14 +36,14 @@ class Split:
     """The images of one seed, standardised by the training images.
 
     Attributes:
-        train_x: float32, n_train x C x H x W.
+        train_images: n_train x C x H x W.
         train_y: int64, n_train; with label noise.
         train_y_clean: the labels before noise.
-        val_x: float32, n_val x C x H x W; may be empty.
+        val_images: n_val x C x H x W; may be empty.
         val_y: int64, n_val; without noise.
-        test_x: float32, n_test x C x H x W; empty in a tuning split.
+        test_images: n_test x C x H x W; empty in a tuning split.
         test_y: int64, n_test; without noise.
-        train_index: ids of the training images: positions in ``ImageSet.x``, ascending.
+        train_index: ids of the training images: positions in ``ImageSet.images``, ascending.
         val_index: ids of the validation images, ascending.
         test_index: ids of the test images, ascending; to pair results by image over seeds.
         test_is_shared: all report seeds have the same test images.
@@ -51,17 +51,18 @@ class Split:
         digest: ``ImageSet.digest`` of the data set.
         mean: float32, C; what was subtracted from the images of each channel.
         std: float32, C; what they were then divided by.
+        num_moments: number of training images that ``mean`` and ``std`` are of.
 
     Raises:
         ValueError: lengths that do not agree, or an image in two parts.
     """
 
-    train_x: Tensor
+    train_images: Images
     train_y: Tensor
     train_y_clean: Tensor
-    val_x: Tensor
+    val_images: Images
     val_y: Tensor
-    test_x: Tensor
+    test_images: Images
     test_y: Tensor
     train_index: Tensor
     val_index: Tensor
@@ -71,16 +72,32 @@ class Split:
     digest: str
     mean: Tensor
     std: Tensor
+    num_moments: int
 
     def __post_init__(self) -> None:
         for part in ("train", "val", "test"):
-            sizes = {len(t) for key, t in vars(self).items() if key.startswith(part + "_") and isinstance(t, Tensor)}
+            sizes = {len(t) for key, t in vars(self).items() if key.startswith(part + "_") and hasattr(t, "__len__")}
             if len(sizes) > 1:
-                raise ValueError(f"the {part} tensors have different lengths: {sorted(sizes)}")
+                raise ValueError(f"the {part} images and labels have different lengths: {sorted(sizes)}")
         ids = torch.cat((self.train_index, self.val_index, self.test_index))
         repeated = len(ids) - len(np.unique(ids.numpy()))
         if repeated:
             raise ValueError(f"{repeated} images are in two parts of the split, or twice in one")
+
+    @property
+    def train_x(self) -> Tensor:
+        """All training images, in memory."""
+        return self.train_images.read(torch.arange(len(self.train_y)))
+
+    @property
+    def val_x(self) -> Tensor:
+        """All validation images, in memory."""
+        return self.val_images.read(torch.arange(len(self.val_y)))
+
+    @property
+    def test_x(self) -> Tensor:
+        """All test images, in memory."""
+        return self.test_images.read(torch.arange(len(self.test_y)))
 
 
 def make_split(
@@ -92,6 +109,7 @@ def make_split(
     n_test: int | None = None,
     label_noise: float = 0.0,
     tuning: bool = False,
+    workers: int = 0,
 ) -> Split:
     """Draw the images of one seed; see the top of this file for the rules.
 
@@ -109,10 +127,12 @@ def make_split(
             classes, so that about one in ``num_classes`` of them keeps its label. Labels noisy at a small
             value are noisy, in the same way, at a larger one. Validation and test labels are never changed.
         tuning: draw from the development pool only, without test images.
+        workers: processes that decode images, where they are decoded when they are needed; changes no number.
 
     Returns:
         The split. Each channel has the mean of the training images subtracted and is divided by their
-        standard deviation (by 1 where that is 0).
+        standard deviation (by 1 where that is 0); for images that stay in files, those of as many of them, drawn with
+        the seed, as :data:`experiments.stream.MOMENT_IMAGES` says.
 
     Raises:
         InputError: sizes that the data set does not have, or ``label_noise`` outside [0, 1].
@@ -147,23 +167,26 @@ def make_split(
     chosen = np.argsort(rng.random(n_train), kind="stable")[: round(label_noise * n_train)]
     noisy[chosen] = (rng.random(len(chosen)) * data.num_classes).astype(np.int64)
 
-    (train_x, val_x, test_x), mean, std = _standardised([data.x[torch.from_numpy(ids)] for ids in (train, val, test)])
+    images = data.images.using(workers)
+    train_index, val_index, test_index = (torch.from_numpy(ids) for ids in (train, val, test))
+    mean, std, num_moments = images.moments(train_index, derive_seed(seed, "moments", mode))
     return Split(
-        train_x=train_x,
+        train_images=images.part(train_index, mean, std),
         train_y=torch.from_numpy(noisy),
         train_y_clean=torch.from_numpy(y[train]),
-        val_x=val_x,
+        val_images=images.part(val_index, mean, std),
         val_y=torch.from_numpy(y[val]),
-        test_x=test_x,
+        test_images=images.part(test_index, mean, std),
         test_y=torch.from_numpy(y[test]),
-        train_index=torch.from_numpy(train),
-        val_index=torch.from_numpy(val),
-        test_index=torch.from_numpy(test),
+        train_index=train_index,
+        val_index=val_index,
+        test_index=test_index,
         test_is_shared=has_own_test,
         num_classes=data.num_classes,
         digest=data.digest,
         mean=mean,
         std=std,
+        num_moments=num_moments,
     )
 
 
@@ -203,17 +226,3 @@ def _draw(ids: Ids, y: Ids, n: int, rng: np.random.Generator) -> Ids:
     quota[by_remainder[: n - quota.sum()]] += 1
     drawn = [ids[y[ids] == label][:count] for label, count in zip(classes, quota, strict=True)]
     return np.sort(np.concatenate([ids[:0], *drawn]))
-
-
-def _standardised(parts: Sequence[Tensor]) -> tuple[Sequence[Tensor], Tensor, Tensor]:
-    """Subtract the first part's mean and divide by its standard deviation, per channel, in place; returns both."""
-    train = parts[0]
-    # Sums in float64: in float32 the deviation of 6000 images of 28x28 comes out 0.2 % too small, and a
-    # constant channel does not come out constant.
-    mean = train.flatten(2).mean(dim=2, dtype=torch.float64).mean(dim=0).float()[:, None, None]
-    for part in parts:
-        part.sub_(mean)
-    norm = torch.linalg.vector_norm(train, dim=(0, 2, 3), dtype=torch.float64)
-    std = (norm / (train.numel() / train.shape[1]) ** 0.5).float()[:, None, None]
-    std[std == 0] = 1
-    return [part.div_(std) for part in parts], mean.flatten(), std.flatten()

@@ -10,12 +10,14 @@ from torch import Tensor
 
 from experiments.augment import Augmentation, Augmenter
 from experiments.data import ImageSet
+from experiments.images import TensorImages
 from experiments.models import build_model
 from experiments.split import make_split
 from masks import MaskContext, build_mask, cross_entropy
 from masks.errors import InputError
 from sam import SAM
 
+CPU = torch.device("cpu")
 MEAN, STD = torch.tensor([0.5, 0.25, 0.4]), torch.tensor([0.2, 0.3, 0.25])
 
 
@@ -31,7 +33,8 @@ def marked(n: int = 1, height: int = 9, width: int = 8) -> Tensor:
 
 
 def augmenter(text: str, images: Tensor, seed: int = 0) -> Augmenter:
-    return Augmenter(Augmentation.parse(text), images, MEAN[: images.shape[1]], STD[: images.shape[1]], seed)
+    c = images.shape[1]
+    return Augmenter(Augmentation.parse(text), TensorImages(images), MEAN[:c], STD[:c], images.device, seed)
 
 
 # -- the text -----------------------------------------------------------------------------------------------
@@ -217,7 +220,7 @@ def test_images_that_no_operation_touched_keep_their_bits() -> None:
     raw = np.random.default_rng(0).integers(0, 256, (600, 8, 8, 3), dtype=np.uint8)
     data = ImageSet.from_arrays("made", [(raw, np.arange(600) % 2)])
     split = make_split(data, seed=0, n_train=150, n_val=50, n_test=50)
-    ours = Augmenter(Augmentation.parse("autoaugment"), split.train_x, split.mean, split.std, 0)
+    ours = Augmenter(Augmentation.parse("autoaugment"), split.train_images, split.mean, split.std, CPU, 0)
     ours._policy = lambda pixels, generator: pixels  # type: ignore[assignment]
     assert torch.equal(ours(split.train_x), split.train_x)
 

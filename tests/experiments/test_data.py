@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from experiments.data import NPZ_KEYS, TORCHVISION, ImageSet, load_data
+from experiments.images import TensorImages
 from masks.errors import InputError
 
 RNG = np.random.default_rng(0)
@@ -163,11 +164,10 @@ def test_npz_never_unpickles(tmp_path: Path) -> None:
 
 def test_an_image_set_cannot_be_made_of_parts_that_do_not_fit() -> None:
     x, y = torch.zeros(4, 1, 2, 2), torch.tensor([0, 1, 0, 1])
-    assert ImageSet("ok", x, y, 2, ("a", "b")).num_train == 2
+    assert ImageSet("ok", TensorImages(x), y, 2, ("a", "b")).num_train == 2
     for message, args in {
         "float32 N x C": (x.double(), y),
         "C from 1 to 4": (x.repeat(1, 5, 1, 1), y),
-        "contiguous": (torch.zeros(4, 2, 2, 2).permute(0, 1, 3, 2), y),
         "int64, one for each of the 4 images": (x, y[:3]),
         "int64, one for each": (x, y.int()),
         "no training images": (x, y, 4),
@@ -176,7 +176,7 @@ def test_an_image_set_cannot_be_made_of_parts_that_do_not_fit() -> None:
         "1 class names for 2 classes": (x, y, 0, ("a",)),
     }.items():
         with pytest.raises(InputError, match=message):
-            ImageSet("bad", *args)  # type: ignore[arg-type]
+            ImageSet("bad", TensorImages(args[0]), *args[1:])  # type: ignore[arg-type]
 
 
 # -- names --------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from experiments.data import ImageSet, load_data
+from experiments.images import TensorImages
 from experiments.split import Split, make_split
 from masks.errors import InputError
 
@@ -21,7 +22,9 @@ def digits() -> ImageSet:
 def own_test() -> ImageSet:
     """900 training images of three uneven classes (one in six, a third, half) and 300 of an own test split."""
     labels = torch.tensor([0, 1, 1, 2, 2, 2]).repeat(200)
-    return ImageSet("own", torch.rand(1200, 2, 3, 4, generator=torch.Generator().manual_seed(0)), labels, 300)
+    return ImageSet(
+        "own", TensorImages(torch.rand(1200, 2, 3, 4, generator=torch.Generator().manual_seed(0))), labels, 300
+    )
 
 
 def ids(split: Split, part: str) -> set[int]:
@@ -30,7 +33,7 @@ def ids(split: Split, part: str) -> set[int]:
 
 def same(a: Split, b: Split, *prefixes: str) -> bool:
     """Bit for bit, in the fields with these prefixes."""
-    names = [f.name for f in fields(Split) if f.name.startswith(prefixes)]
+    names = [f.name.replace("_images", "_x") for f in fields(Split) if f.name.startswith(prefixes)]
     pairs = [(getattr(a, name), getattr(b, name)) for name in names]
     return all(torch.equal(u, v) if isinstance(u, torch.Tensor) else u == v for u, v in pairs)
 
@@ -143,7 +146,7 @@ def test_each_class_gets_its_share(own_test: ImageSet, digits: ImageSet) -> None
 
 
 def test_an_image_left_over_by_the_shares_goes_to_no_class_in_particular() -> None:
-    data = ImageSet("ties", torch.rand(80, 1, 2, 2), torch.arange(80) % 4, 40)
+    data = ImageSet("ties", TensorImages(torch.rand(80, 1, 2, 2)), torch.arange(80) % 4, 40)
     labels = {int(make_split(data, seed=seed, n_train=1, n_val=4).train_y) for seed in range(40)}
     assert labels == {0, 1, 2, 3}  # one class is missed by chance with probability 4 * 0.75**40 < 1e-4
 
@@ -202,7 +205,7 @@ def test_options_change_only_what_they_name(digits: ImageSet) -> None:
     assert same(first, train, "test_index", "test_y", "val_index", "val_y")
     assert same(first, make_split(digits, **base | {"n_val": 50}), "test_index", "test_y")  # type: ignore[arg-type]
     noise = make_split(digits, **base | {"label_noise": 0.4})  # type: ignore[arg-type]
-    assert same(first, noise, "train_x", "train_y_clean", "val", "test", "train_index")
+    assert same(first, noise, "train_images", "train_y_clean", "val", "test", "train_index")
     assert not same(first, noise, "train_y")
     before, after = (split.train_y != split.train_y_clean for split in (first, noise))
     assert bool((after | ~before).all())  # what is wrong at 20 % is wrong at 40 %
@@ -214,7 +217,7 @@ def test_options_change_only_what_they_name(digits: ImageSet) -> None:
 
 def test_exactly_the_stated_number_of_labels_is_redrawn() -> None:
     """With 500 classes a redrawn label is the true one once in 500 times: nearly all redraws show."""
-    data = ImageSet("many", torch.rand(4000, 1, 1, 1), torch.arange(4000) % 500, 1000)
+    data = ImageSet("many", TensorImages(torch.rand(4000, 1, 1, 1)), torch.arange(4000) % 500, 1000)
     changed, where = [], []
     for seed in range(30):
         split = make_split(data, seed=seed, n_train=1001, n_val=300, label_noise=0.3)
@@ -257,7 +260,7 @@ def test_a_constant_channel_is_centred_and_not_scaled() -> None:
     x = torch.rand(100, 2, 4, 4, generator=torch.Generator().manual_seed(0))
     x[:, 1] = 0.7  # 72 * 16 of these, summed in float32, do not have the mean 0.7
     x[90:, 1] = 1.2
-    split = make_split(ImageSet("constant", x, torch.arange(100) % 2, 10), seed=0)
+    split = make_split(ImageSet("constant", TensorImages(x), torch.arange(100) % 2, 10), seed=0)
     assert torch.equal(split.train_x[:, 1], torch.zeros(72, 4, 4))
     torch.testing.assert_close(split.test_x[:, 1], torch.full((10, 4, 4), 0.5))
     assert split.train_x[:, 0].std() == pytest.approx(1, abs=1e-3)
@@ -265,7 +268,7 @@ def test_a_constant_channel_is_centred_and_not_scaled() -> None:
 
 def test_standardisation_is_exact_for_many_images() -> None:
     x = torch.rand(7501, 1, 28, 28, generator=torch.Generator().manual_seed(0))
-    split = make_split(ImageSet("many", x, torch.arange(7501) % 2, 1), seed=0)
+    split = make_split(ImageSet("many", TensorImages(x), torch.arange(7501) % 2, 1), seed=0)
     assert float(split.train_x.double().mean()) == pytest.approx(0, abs=1e-6)
     assert float(split.train_x.double().std()) == pytest.approx(1, abs=1e-5)
 
@@ -282,7 +285,7 @@ def test_the_images_of_the_data_set_are_left_alone(digits: ImageSet) -> None:
 
 def test_a_split_cannot_be_inconsistent(digits: ImageSet) -> None:
     split = make_split(digits, seed=0, n_train=100, n_val=100)
-    with pytest.raises(ValueError, match=r"train tensors have different lengths: \[99, 100\]"):
+    with pytest.raises(ValueError, match=r"train images and labels have different lengths: \[99, 100\]"):
         replace(split, train_y=split.train_y[1:])
     with pytest.raises(ValueError, match="100 images are in two parts"):
         replace(split, val_index=split.train_index)
