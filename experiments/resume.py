@@ -14,7 +14,7 @@ from experiments.checkpoint import save_checkpoint
 from experiments.store import writing_to
 from masks.errors import InputError
 
-VERSION = 1
+VERSION = 2
 
 
 class Interrupted(Exception):
@@ -35,6 +35,7 @@ class Checkpointing:
         minutes: minutes between checkpoints, counted on the wall; infinity for none by time.
         stop: asked after every step; once it is true, the run is saved and :class:`Interrupted` raised.
         run: name of the run; the checkpoint of another one is refused.
+        world_size: processes that train it together.
         made_by: what must not change in the middle of a run, such as the version of the code; a checkpoint that
             was made by something else is not used.
         notes: what was found wrong with the file, for the user.
@@ -45,6 +46,7 @@ class Checkpointing:
     minutes: float = float("inf")
     stop: Callable[[], bool] = _never
     run: str = ""
+    world_size: int = 1
     made_by: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     _saved: float = field(default_factory=time.monotonic, repr=False)
@@ -60,7 +62,7 @@ class Checkpointing:
         Raises:
             InputError: it cannot be written.
         """
-        head = {"version": VERSION, "of": self.run, "made_by": self.made_by}
+        head = {"version": VERSION, "of": self.run, "world_size": self.world_size, "made_by": self.made_by}
         with writing_to(self.path.parent):
             save_checkpoint(self.path, {**head, **state})
         self._saved = time.monotonic()
@@ -76,9 +78,15 @@ class Checkpointing:
         try:
             state = torch.load(self.path, map_location="cpu", weights_only=True)
             found = state["version"], state["of"], state["made_by"]
+            world_size = state["world_size"] if found[0] == VERSION else self.world_size
         except Exception as error:  # the restricted unpickler raises whatever a damaged file leads it into
             self._ignore(f"is damaged ({type(error).__name__})")
             return None
+        if world_size != self.world_size:
+            raise InputError(
+                f"{self.path} is the checkpoint of a run of {world_size} processes, and this one has "
+                f"{self.world_size}; start {world_size} to go on, or move it away to start anew"
+            )
         if found[1] != self.run:
             raise InputError(f"{self.path} is the checkpoint of another run ({found[1]}); move it away to start anew")
         if found[0] != VERSION or found[2] != self.made_by:

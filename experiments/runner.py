@@ -38,6 +38,11 @@ class Policy:
         checkpoint_epochs: epochs between checkpoints; 0 for none by epochs.
         checkpoint_minutes: minutes between checkpoints.
         quiet: no progress bar.
+        workers: processes of each run that decode images, where they stay in their files.
+        tensorboard: folder in which every run has one of its own for TensorBoard; None for none.
+
+    Raises:
+        InputError: a negative number of workers.
     """
 
     device: str = "auto"
@@ -46,6 +51,12 @@ class Policy:
     checkpoint_epochs: int = 0
     checkpoint_minutes: float = 10.0
     quiet: bool = False
+    workers: int = 0
+    tensorboard: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.workers < 0:
+            raise InputError(f"workers must be at least 0, got {self.workers}")
 
 
 class Runner:
@@ -124,6 +135,8 @@ class Runner:
             policy.plugins,
             policy.checkpoint_epochs,
             policy.checkpoint_minutes,
+            policy.workers,
+            None if policy.tensorboard is None else policy.tensorboard.absolute(),
         )
 
     def _collect(self, todo: dict[str, Job], records: dict[str, RunRecord], bar: tqdm[Any]) -> None:

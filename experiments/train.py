@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,13 +30,15 @@ from experiments.build import (
     split_of,
 )
 from experiments.config import RunConfig
+from experiments.distributed import Team, placed
 from experiments.resume import Checkpointing, Interrupted, rng_state, set_rng_state
 from experiments.schedule import scheduler
 from experiments.seeds import derive_seed
 from experiments.split import Split
+from experiments.tensorboard import Board
 from masks import BuilderError, Mask, MaskContext, MaskError, MaskSpec, ParamTable
 from masks.errors import InputError
-from sam import SAM, RadiusFollowsLR
+from sam import SAM, CapturedStep, RadiusFollowsLR
 
 
 @dataclass(frozen=True)
@@ -132,17 +136,27 @@ class Training:
         config: the run, resolved.
         device: where it runs.
         initial: weights to start from instead of the seed's.
-        observer: see :func:`train_run`.
+        observer, workers, team, board: see :func:`train_run`.
     """
 
     def __init__(
-        self, config: RunConfig, device: torch.device, initial: dict[str, Tensor] | None, observer: Observer | None
+        self,
+        config: RunConfig,
+        device: torch.device,
+        initial: dict[str, Tensor] | None,
+        observer: Observer | None,
+        workers: int = 0,
+        team: Team | None = None,
+        board: Board | None = None,
     ) -> None:
-        self.config, self.device, self.observer = config, device, observer
+        self.config, self.device, self.observer, self.team, self.board = config, device, observer, team, board
         self.clock = clock_of(device)
         data = load_cached(config.data)
-        self.split = split_of(config, data)
-        self.x = self.split.train_x.to(device, memory_format=torch.channels_last)
+        self.split = split_of(config, data, workers)
+        augmentation = Augmentation.parse(config.augment)
+        self.images = self.split.train_images.to(device, memory_format=torch.channels_last)
+        if augmentation.resized_crop:
+            self.images = self.images.cropped(derive_seed(config.seed, "resized_crop"))
         self.y = self.split.train_y.to(device)
         self.model = initial_model(config, data)
         method, mup_base = prepared_method(config, self.model, data)
@@ -154,9 +168,10 @@ class Training:
         self.table = ParamTable.from_model(self.model)
         self.budget = budget_of(config, self.spec, self.model)
         self.norm = norm_mask(self.table)
+        self.net: nn.Module = self.model if team is None else team.wrapped(self.model, device)
         self.sam = SAM(
             base_optimizer(config, self.model, device, mup_base),
-            self.model,
+            self.net,
             mask=Mask(self.table, (False,) * len(self.table)),
             rho=config.rho,
             method=method,
@@ -164,18 +179,25 @@ class Training:
             norm_statistics=config.norm_statistics,
             clip_grad_norm=config.clip_grad_norm,
             seed=derive_seed(config.seed, "method"),
+            ascent_gradient=config.ascent_gradient,
         )
-        self.steps = number_of_steps(config, len(self.x))
+        self._take: Callable[[tuple[Tensor, Tensor]], Tensor] = partial(self.sam.step_on, self._loss)
+        if config.cuda_graph and device.type != "cuda":
+            raise InputError(f"cuda_graph records steps of a CUDA device, and this run is on {device}; leave it out")
+        if config.cuda_graph:
+            self._take = CapturedStep(self.sam, self._loss)
+        self.steps = number_of_steps(config, len(self.images))
         self.scheduler = scheduler(self.sam, config.schedule, self.steps, config.warmup * self.steps // config.epochs)
         self.radius = None
         if config.rho_min is not None and config.lr > 0:
             self.radius = RadiusFollowsLR(self.sam, rho_max=config.rho, rho_min=config.rho_min, lr_max=config.lr)
         self.window = config.window()
         self.augment = Augmenter(
-            Augmentation.parse(config.augment),
-            self.x,
+            augmentation,
+            self.images,
             self.split.mean,
             self.split.std,
+            device,
             derive_seed(config.seed, "augment"),
         )
         self.scored = sample_of(self.split, config.score_images, config.seed, device)
@@ -184,6 +206,8 @@ class Training:
         self.epoch = self.step = self.step_in_epoch = 0
         self.stats: list[Tensor] = []
         self.history: list[Epoch] = []
+        self.rate = config.lr
+        self.rates: list[float] = []  # the learning rate of each epoch's last step
         self.builds: list[MaskBuild] = []
         self.seconds = {"train": 0.0, "mask": 0.0, "observe": 0.0}
 
@@ -198,9 +222,10 @@ class Training:
         while self.epoch < self.config.epochs:
             self.model.train()
             batches = self._batches()
+            images = self.images.batches(batches[self.step_in_epoch :], self.epoch)  # may be read ahead of the steps
             while self.step_in_epoch < len(batches):
                 start = self.clock()
-                self._step(batches[self.step_in_epoch])
+                self._step(next(images), batches[self.step_in_epoch])
                 self.seconds["train"] += self.clock() - start
                 if self.step_in_epoch < len(batches) and checkpoints is not None:
                     self._maybe_save(checkpoints, epoch_end=False)
@@ -209,19 +234,19 @@ class Training:
                 self._maybe_save(checkpoints, epoch_end=True)
 
     def _batches(self) -> list[Tensor]:
-        """Positions of the images of the epoch's batches, in a new order.
-
-        A last batch of one image is left out: it has no statistics.
-        """
+        """Positions of the images of the epoch's batches, in a new order; with several processes, of its own shards."""
         self.epoch_order = self.order.get_state()
-        order = torch.randperm(len(self.x), generator=self.order).to(self.device)
-        return [index for index in torch.split(order, self.config.batch_size) if len(index) > 1]
+        order = torch.randperm(len(self.images), generator=self.order).to(self.device)
+        sizes = batch_sizes(self.config, len(order))
+        batches = torch.split(order[: sum(sizes)], sizes)
+        return [index if self.team is None else self.team.shard(index) for index in batches]
 
-    def _step(self, index: Tensor) -> None:
+    def _step(self, images: Tensor, index: Tensor) -> None:
         if self.spec.schedule.due(self.epoch, self.step, epoch_start=self.step_in_epoch == 0):
             self._build_mask()
         self.sam.enabled = self.epoch in self.window
-        self.sam.step_on(self._loss, (self.augment(self.x[index]), self.y[index]))
+        self._take((self._augmented(images), self.y[index]))
+        self.rate = self.sam.param_groups[0]["lr"]
         self.scheduler.step()
         if self.radius is not None:
             self.radius.step()
@@ -232,21 +257,38 @@ class Training:
         self.step += 1
         self.step_in_epoch += 1
 
+    def _augmented(self, images: Tensor) -> Tensor:
+        """The images of a step, changed. A shard is changed at its place in the whole batch, for which every process
+        draws: the changes are those of a run in one process."""
+        if self.team is None:
+            return self.augment(images)
+        shape = self.team.size * len(images), *images.shape[1:]
+        whole = torch.empty(shape, dtype=images.dtype, device=images.device, memory_format=torch.channels_last).zero_()
+        self.team.shard(whole).copy_(images)
+        return self.team.shard(self.augment(whole))
+
     def _loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         smoothing = self.config.label_smoothing
-        return F.cross_entropy(self.model(batch[0]), batch[1], reduction="none", label_smoothing=smoothing)
+        return F.cross_entropy(self.net(batch[0]), batch[1], reduction="none", label_smoothing=smoothing)
 
     def _end_epoch(self) -> None:
-        loss, perturbed, ascent, radius = torch.stack(self.stats).mean(0).tolist()
+        means = torch.stack(self.stats).mean(0)
+        loss, perturbed, ascent, radius = (means if self.team is None else self.team.mean(means)).tolist()
         # Momentum-SAM never computes L(w): its loss is that at w + eps, and its ascent strength is not known.
         knows_loss = self.config.method.partition(":")[0] != "momentum_sam"
         self.history.append(Epoch(loss if knows_loss else perturbed, ascent if knows_loss else None, radius))
+        self.rates.append(self.rate)
         self.stats = []
-        if self.observer and self.epoch + 1 < self.config.epochs and self.config.measures_after(self.epoch):
+        measures = self.epoch + 1 < self.config.epochs and self.config.measures_after(self.epoch)
+        if self.observer and measures:
             before = self.clock()
             with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
                 self.history[-1] = replace(self.history[-1], observed=self.observer(self.model, self.split))
             self.seconds["observe"] += self.clock() - before
+        if self.team is not None and measures:
+            self.team.wait()  # the next collective has a time limit, which rank 0's measurements may exceed
+        if self.board is not None:
+            self.board.epoch(self.step, self.history[-1], self.rate)
         self.epoch += 1
         self.step_in_epoch = 0
         self.epoch_order = self.order.get_state()
@@ -264,7 +306,7 @@ class Training:
         )
         mask, failure = self.sam.mask, None
         try:
-            mask = self.spec.build(context, self.budget)
+            mask = self._agreed(lambda: self.spec.build(context, self.budget))
             self.sam.set_mask(mask)
         except MaskError as error:
             # A run that diverges is a result; a mask that cannot be had from the start, or that its builder
@@ -291,14 +333,26 @@ class Training:
                 error=failure,
             )
         )
+        if self.board is not None:
+            self.board.build(self.builds[-1])
         self.seconds["mask"] += self.clock() - start
+
+    def _agreed(self, build: Callable[[], Mask]) -> Mask:
+        """The mask of rank 0: on accelerators the scores of two ranks may differ in their last bits."""
+        return build() if self.team is None else self.team.by_leader(build)
 
     # -- interruption and resume ----------------------------------------------------------------------------
 
     def _maybe_save(self, checkpoints: Checkpointing, *, epoch_end: bool) -> None:
-        stop = checkpoints.stop()
-        if stop or checkpoints.due(self.epoch, epoch_end=epoch_end):
-            checkpoints.save(self.state_dict())
+        stop, due = checkpoints.stop(), checkpoints.due(self.epoch, epoch_end=epoch_end)
+        if self.team is not None:
+            stop, due = self.team.any(stop, due)
+        if stop or due:
+            state = self.state_dict()
+            if self.team is None or self.team.leads:
+                checkpoints.save(state)
+            if self.team is not None:
+                self.team.wait()
         if stop:
             raise Interrupted
 
@@ -306,7 +360,8 @@ class Training:
         return json.dumps(asdict(self.config), sort_keys=True) + self.split.digest
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a bitwise resume needs, in plain values and tensors."""
+        """Everything that a bitwise resume needs, in plain values and tensors; with several processes every one must
+        ask, and rank 0's is the whole."""
         return {
             "run": self._identity(),
             "model": self.model.state_dict(),
@@ -314,12 +369,21 @@ class Training:
             "scheduler": self.scheduler.state_dict(),
             "order": self.epoch_order,
             "position": [self.epoch, self.step, self.step_in_epoch],
-            "stats": self.stats,
             # JSON keeps every double as it is.
-            "log": json.dumps([[asdict(e) for e in self.history], [asdict(b) for b in self.builds], self.seconds]),
+            "log": json.dumps(
+                [[asdict(e) for e in self.history], self.rates, [asdict(b) for b in self.builds], self.seconds]
+            ),
             "augment": self.augment.generator.get_state(),
-            "rng": rng_state(self.device),
+            "own": [self._own_state()] if self.team is None else self.team.gather(self._own_state()),
         }
+
+    def _own_state(self) -> dict[str, Any]:
+        """What every process has of its own."""
+        own: dict[str, Any] = {"stats": self.stats, "rng": rng_state(self.device)}
+        if self.team is not None:
+            own["buffers"] = dict(self.model.named_buffers())
+            own["memory"] = self.sam.memory.state_dict() if self.sam.memory.replica else None
+        return own
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from where :meth:`state_dict` was taken.
@@ -330,16 +394,26 @@ class Training:
         if state.get("run") != self._identity():
             raise InputError("the checkpoint is of another run; remove it to start anew")
         load_weights(self.model, state["model"])
-        self.sam.load_state_dict(state["sam"], adopt_mask=True)
+        own = state["own"][0 if self.team is None else self.team.rank]
+        buffers = dict(self.model.named_buffers())
+        for name, value in own.get("buffers", {}).items():
+            buffers[name].copy_(value)
+        memory = own.get("memory") or state["sam"]["memory"]
+        self.sam.load_state_dict(state["sam"] | {"memory": memory}, adopt_mask=True)
         self.scheduler.load_state_dict(state["scheduler"])
         self.order.set_state(state["order"])
         self.epoch, self.step, self.step_in_epoch = state["position"]
-        self.stats = [row.to(self.device) for row in state["stats"]]
-        history, builds, self.seconds = json.loads(state["log"])
+        self.stats = [row.to(self.device) for row in own["stats"]]
+        history, self.rates, builds, self.seconds = json.loads(state["log"])
         self.history = [Epoch(**epoch) for epoch in history]
         self.builds = [MaskBuild(**build) for build in builds]
         self.augment.generator.set_state(state["augment"])
-        set_rng_state(state["rng"], self.device)
+        set_rng_state(own["rng"], self.device)
+        if self.board is not None:
+            for n, (epoch, rate) in enumerate(zip(self.history, self.rates, strict=True), start=1):
+                self.board.epoch(n * self.steps // self.config.epochs, epoch, rate)
+            for build in self.builds:
+                self.board.build(build)
 
 
 def train_run(
@@ -349,6 +423,9 @@ def train_run(
     initial: dict[str, Tensor] | None = None,
     observer: Observer | None = None,
     checkpoints: Checkpointing | None = None,
+    workers: int = 0,
+    team: Team | None = None,
+    board: Board | None = None,
 ) -> Trained:
     """Train one model. The test images are not looked at.
 
@@ -359,21 +436,24 @@ def train_run(
         initial: weights to start from instead of the seed's.
         observer: called after every ``config.measure_every`` epochs but the last one; training is bitwise the same
             with it.
-        checkpoints: where the run is saved on its way, and from where it goes on.
+        checkpoints: where the run is saved on its way, and from where it goes on; with several processes, rank 0's.
+        workers: processes that decode images, where they stay in their files; changes no number.
+        team: the processes that train the model together, all of which must call this; what is measured, with the
+            running statistics of the process, is of use on rank 0.
+        board: shows the run while it trains.
 
     Raises:
         InputError: the data, the model, the mask or a setting cannot be had.
-        Interrupted: ``checkpoints.stop`` asked for it; the run is saved.
+        Interrupted: ``checkpoints.stop`` asked for it, in any process; the run is saved.
     """
-    training = Training(config.resolved(), device, initial, observer)
-    saved = checkpoints.load() if checkpoints is not None else None
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(derive_seed(config.seed, "train"))  # dropout
-        if saved is not None:
-            training.load_state_dict(saved)
-        training.run(checkpoints)
+    with nullcontext() if team is None else team.explained():
+        training = Training(placed(config, team).resolved(), device, initial, observer, workers, team, board)
+        _train(training, checkpoints)
     model, split = training.model.eval(), training.split
-    right = correct(model, split.val_x.to(device), split.val_y.to(device))
+    right = correct(model, split.val_images.to(device), split.val_y)
+    accuracy = right.double().mean().item() if len(right) else math.nan
+    if board is not None:
+        board.accuracy(training.steps, accuracy)
     return Trained(
         config=training.config,
         model=model,
@@ -381,7 +461,7 @@ def train_run(
         split=split,
         history=tuple(training.history),
         builds=tuple(training.builds),
-        val_accuracy=right.double().mean().item() if len(right) else math.nan,
+        val_accuracy=accuracy,
         skipped_steps=int(training.sam.skipped_steps),
         train_seconds=training.seconds["train"],
         mask_seconds=training.seconds["mask"],
@@ -390,15 +470,41 @@ def train_run(
     )
 
 
+def _train(training: Training, checkpoints: Checkpointing | None) -> None:
+    """Train to the end, from the beginning or from where it was saved."""
+    team, device = training.team, training.device
+    saved = None
+    if checkpoints is not None:
+        saved = checkpoints.load() if team is None else team.by_leader(checkpoints.load)
+    rank = [] if team is None or team.leads else [f"rank {team.rank}"]
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(derive_seed(training.config.seed, "train", *rank))  # dropout
+        if saved is not None:
+            training.load_state_dict(saved)
+        training.run(checkpoints)
+
+
+def batch_sizes(config: RunConfig, n_train: int) -> list[int]:
+    """Sizes of the batches of an epoch, those of all processes together.
+
+    The last one may be smaller. It is cut to a multiple of the number of processes, whose shards count equally and so
+    must be equal, and is left out if one image or none is each one's share: one has no statistics.
+    """
+    processes = config.world_size or 1
+    full, rest = divmod(n_train, config.batch_size)
+    share = rest // processes
+    return [config.batch_size] * full + [processes * share] * (share > 1)
+
+
 def number_of_steps(config: RunConfig, n_train: int) -> int:
-    """Steps of the run: a last batch of one image is left out.
+    """Steps of the run.
 
     Raises:
         InputError: there is none, or the mask's schedule builds it after the last one.
     """
-    steps = config.epochs * (n_train // config.batch_size + (n_train % config.batch_size > 1))
+    steps = config.epochs * len(batch_sizes(config, n_train))
     if not steps:
-        raise InputError(f"{n_train} training images give no batch of at least 2")
+        raise InputError(f"{n_train} training images give no batch of at least {2 * (config.world_size or 1)}")
     schedule = MaskSpec.parse(config.mask).schedule
     end = config.epochs if schedule.unit == "epoch" else steps
     if schedule.kind == "after" and schedule.n >= end:
@@ -426,4 +532,13 @@ def result_of(trained: Trained) -> dict[str, Any]:
         "train_images": len(trained.split.train_y),
         "val_images": len(trained.split.val_y),
         "test_images": len(trained.split.test_y),
+        **_standardised_by(trained.split),
     }
+
+
+def _standardised_by(split: Split) -> dict[str, Any]:
+    """What the images were standardised by where that is not all training images."""
+    if split.num_moments == len(split.train_y):
+        return {}
+    mean, std = split.mean.tolist(), split.std.tolist()
+    return {"standardised_by": {"images": split.num_moments, "mean": mean, "std": std}}

@@ -5,20 +5,22 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import torch
 
-from experiments.build import clock_of, pick_device
+from experiments.build import clock_of
 from experiments.checkpoint import read_weights, save_checkpoint
 from experiments.config import RunConfig
+from experiments.distributed import Team, device_for
 from experiments.measure import MeasureConfig, measure, observe
 from experiments.record import RunRecord, code_digest, environment, file_digest
 from experiments.resume import Checkpointing, Interrupted
 from experiments.store import CHECKPOINT, Busy, Failure, Store
+from experiments.tensorboard import Board, folder_name
 from experiments.train import Observer, Trained, result_of, train_run
 from masks import load_plugin
 from masks.errors import InputError
@@ -71,6 +73,8 @@ class Task:
         plugins: modules to import.
         checkpoint_epochs: epochs between checkpoints; 0 for none by epochs.
         checkpoint_minutes: minutes between checkpoints.
+        workers: processes that decode images, where they stay in their files.
+        tensorboard: folder in which every run has one of its own for TensorBoard; None for none.
     """
 
     job: Job
@@ -79,6 +83,15 @@ class Task:
     plugins: tuple[str, ...] = ()
     checkpoint_epochs: int = 0
     checkpoint_minutes: float = 10.0
+    workers: int = 0
+    tensorboard: Path | None = None
+
+    @property
+    def board(self) -> Path | None:
+        """The run's own folder for TensorBoard."""
+        job = self.job
+        label = folder_name(job.arm, f"rho={job.config.rho:g}", f"seed={job.config.seed}", job.run_id[:8])
+        return None if self.tensorboard is None else self.tensorboard / label
 
 
 Kind = Literal["done", "refused", "failed", "busy", "interrupted", "died"]
@@ -113,8 +126,13 @@ ACTIVE = threading.Lock()
 """Held while this process does a run."""
 
 
-def work(task: Task) -> Outcome:
-    """Do one run in this process. Whatever happens is an outcome; only what kills the process is not."""
+def work(task: Task, team: Team | None = None) -> Outcome:
+    """Do one run in this process. Whatever happens is an outcome; only what kills the process is not.
+
+    Args:
+        task: the run.
+        team: processes that train the model together; this one leads, and the others call :func:`assist`.
+    """
     torch.set_num_threads(1)
     notes: list[str] = []
     try:
@@ -122,7 +140,7 @@ def work(task: Task) -> Outcome:
             for module in task.plugins:
                 load_plugin(module)
             with Store(task.store).working_on(task.job.name) as folder:
-                kind, text = _attempt(task, folder, notes)
+                kind, text = _attempt(task, folder, notes, team)
     except Busy:
         kind, text = "busy", ""
     except Interrupted:
@@ -132,15 +150,52 @@ def work(task: Task) -> Outcome:
     return Outcome(kind, text, tuple(notes))
 
 
-def _attempt(task: Task, folder: Path, notes: list[str]) -> tuple[Kind, str]:
+def assist(task: Task, team: Team) -> None:
+    """Train together with rank 0 of a team, which does the run in :func:`work`.
+
+    Raises:
+        InputError: what was asked for cannot be had, or rank 0 does another run.
+        Interrupted: a process of the team was asked to stop; the run is saved.
+    """
+    torch.set_num_threads(1)
+    with ACTIVE, stop_requests():
+        leads = team.by_leader(list[str])
+        if not leads:  # the run is done
+            return
+        own = _identity(task.job)
+        if own != leads:
+            raise InputError(
+                f"rank 0 would train run {' of code '.join(leads)}, and rank {team.rank} run {' of code '.join(own)}: "
+                "the same command, data and code must be on all machines"
+            )
+        train_run(
+            task.job.config,
+            device_for(task.device, team),
+            initial=None if task.job.init is None else read_weights(task.job.init),
+            checkpoints=Checkpointing(Path(), stop=STOP.is_set),
+            workers=task.workers,
+            team=team,
+        )
+
+
+def _identity(job: Job) -> list[str]:
+    """What all processes of a team must have in common."""
+    return [job.run_id, code_digest()]
+
+
+def _attempt(task: Task, folder: Path, notes: list[str], team: Team | None) -> tuple[Kind, str]:
     job, store = task.job, Store(task.store)
     try:
         if store.read(job.name, config=asdict(job.config)) is not None:
+            if team is not None:
+                team.by_leader(list[str])
             return "done", ""
     except InputError as damage:
         notes.append(f"{damage}; it is set aside as {store.set_aside(job.name).name} and made again")
     attempt = store.begin(job.name)
-    device = pick_device(task.device)
+    if team is not None:
+        team.by_leader(lambda: _identity(job))
+    device = device_for(task.device, team)
     made_by = {"code": code_digest(), "torch": str(torch.__version__), "device": device.type}
     checkpoints = Checkpointing(
         folder / CHECKPOINT,
@@ -148,11 +203,13 @@ def _attempt(task: Task, folder: Path, notes: list[str]) -> tuple[Kind, str]:
         task.checkpoint_minutes,
         STOP.is_set,
         run=job.run_id,
+        world_size=job.config.world_size or 1,
         made_by=made_by,
         notes=notes,
     )
     try:
-        record, files = execute(job, device, checkpoints)
+        with nullcontext() if task.board is None else Board(task.board) as board:
+            record, files = execute(job, device, checkpoints, task.workers, team=team, board=board)
         store.complete(job.name, record, attempt, files=files)
     except (InputError, Interrupted):
         raise
@@ -173,7 +230,13 @@ def raise_interrupted(outcome: Outcome) -> NoReturn:
 
 
 def execute(
-    job: Job, device: torch.device, checkpoints: Checkpointing | None = None
+    job: Job,
+    device: torch.device,
+    checkpoints: Checkpointing | None = None,
+    workers: int = 0,
+    *,
+    team: Team | None = None,
+    board: Board | None = None,
 ) -> tuple[RunRecord, Callable[[Path], None]]:
     """Train and measure one model.
 
@@ -190,6 +253,9 @@ def execute(
         initial=None if job.init is None else read_weights(job.init),
         observer=_observer(job, device),
         checkpoints=checkpoints,
+        workers=workers,
+        team=team,
+        board=board,
     )
     clock = clock_of(device)
     start = clock()

@@ -39,7 +39,7 @@ def fake(monkeypatch: pytest.MonkeyPatch, **failures: list[BaseException]) -> li
     """Runs that do nothing, or fail as often as they have failures; returns the names of those begun, in order."""
     asked: list[str] = []
 
-    def execute(job: Job, *_: Any) -> tuple[RunRecord, Callable[[Path], None]]:
+    def execute(job: Job, *_: Any, **__: Any) -> tuple[RunRecord, Callable[[Path], None]]:
         asked.append(job.run_id)
         if failures.get(job.run_id):
             raise failures[job.run_id].pop(0)
@@ -187,7 +187,7 @@ def test_runs_finished_before_an_interruption_are_kept(
 
 
 def test_a_task_says_all_that_a_process_needs(tmp_path: Path, jobs: list[Job]) -> None:
-    policy = Policy("cpu", ("p",), 1, 3, 4.5, True)
+    policy = Policy("cpu", ("p",), 1, 3, 4.5, True, 2)
     seen: list[Task] = []
 
     class Seen(SerialExecutor):
@@ -197,7 +197,7 @@ def test_a_task_says_all_that_a_process_needs(tmp_path: Path, jobs: list[Job]) -
 
     with pytest.raises(KeyboardInterrupt):
         Runner(tmp_path, Seen(), policy).run(jobs[:1], "label")
-    assert seen == [Task(jobs[0], tmp_path.absolute(), "cpu", ("p",), 3, 4.5)]
+    assert seen == [Task(jobs[0], tmp_path.absolute(), "cpu", ("p",), 3, 4.5, 2)]
 
 
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:

@@ -400,7 +400,7 @@ class Sealed(Split):
     """A split whose test images cannot be looked at."""
 
     def __getattribute__(self, name: str) -> Any:
-        if name in ("test_x", "test_y") and "sealed" in vars(self):
+        if name in ("test_images", "test_x", "test_y") and "sealed" in vars(self):
             raise AssertionError("training looked at the test images")
         return super().__getattribute__(name)
 

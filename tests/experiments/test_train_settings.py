@@ -290,3 +290,17 @@ def test_scores_are_taken_on_the_same_images_with_and_without_augmentation(
 def test_augmentation_that_does_not_fit_is_refused(tiny: Tiny) -> None:
     with pytest.raises(InputError, match="does not fit images of 8x8: crop must be below 8"):
         train_run(tiny(augment="crop=8"), CPU)
+
+
+def test_recorded_steps_need_a_cuda_device(tiny: Tiny) -> None:
+    with pytest.raises(InputError, match="cuda_graph records steps of a CUDA device, and this run is on cpu"):
+        train_run(tiny(cuda_graph=True), CPU)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("mask", ["norm", "magnitude"])
+def test_recorded_steps_train_as_others_do(tiny: Tiny, mask: str) -> None:
+    found = [train_run(tiny(cuda_graph=on, mask=mask, epochs=3), torch.device("cuda")) for on in (False, True)]
+    eager, recorded = ([epoch.loss for epoch in trained.history] for trained in found)
+    np.testing.assert_allclose(recorded, eager, rtol=1e-3)
