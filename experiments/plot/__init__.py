@@ -1,0 +1,1 @@
+"""Figures of a comparison: functions that return matplotlib figures, which is imported only when one is drawn."""
