@@ -42,7 +42,7 @@ from benchmarks.curvature_methods import (
 )
 from benchmarks.peers import versions
 from benchmarks.small_nets import SMALL_NETS
-from benchmarks.timing import environment, measure, quartiles, ratios
+from experiments.timing import environment, measure, quartiles, ratios
 
 SCHEMA = "sam-masks/benchmarks/curvature/1"
 ACCURACY = 1e-5

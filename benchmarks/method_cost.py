@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from benchmarks.models import MODELS
 from benchmarks.step_cost import losses
-from benchmarks.timing import Step, environment, measure, quartiles, ratios
+from experiments.timing import Step, environment, measure, quartiles, ratios
 from masks import Mask, MaskContext, build_mask
 from sam import SAM, MethodInfo, MethodSpec, list_methods
 

@@ -68,6 +68,16 @@ class ViT(nn.Module):
 
 MODELS = {
     "resnet18_w16": lambda: ResNet(16, (2, 2, 2, 2)),
+    "resnet18_w32": lambda: ResNet(32, (2, 2, 2, 2)),
     "resnet20": lambda: ResNet(16, (3, 3, 3)),
     "vit_d128": lambda: ViT(128, 4),
 }
+
+CLASSIFIER = ("fc.", "head.")
+LAST_STAGE = {
+    "resnet18_w16": ("layers.6.", "layers.7.", *CLASSIFIER),
+    "resnet18_w32": ("layers.6.", "layers.7.", *CLASSIFIER),
+    "resnet20": ("layers.6.", "layers.7.", "layers.8.", *CLASSIFIER),
+    "vit_d128": ("blocks.3.", "norm.", *CLASSIFIER),
+}
+"""How the names of the parameters of the last stage, or block, and of what follows it begin."""

@@ -1,0 +1,68 @@
+"""docs/performance.md holds the committed results, and the benchmark for GPUs runs as far as a CPU can."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import gpu, page
+
+
+def test_the_page_holds_what_the_results_say() -> None:
+    assert page.main(["--check"]) == 0
+
+
+def test_every_result_with_rows_is_on_the_page() -> None:
+    text = page.PAGE.read_text(encoding="utf-8")
+    for path in page.RESULTS.glob("*.json"):
+        if "rows" in json.loads(path.read_text(encoding="utf-8")):
+            assert f"<!-- results: {path.name} -->" in text
+
+
+def test_a_changed_result_changes_the_page(tmp_path: Path) -> None:
+    row = {"what": "a", "unit": "b", "limit": 1.5, "at_most": 2.0, "at_least": None, "met": False, "note": "why"}
+    env = {"cpu": "C", "device": "cpu (x)", "threads": 1, "torch": "2", "load_average": [0.0, 1.0, 2.0]}
+    result = {"environment": env, "clock": "process CPU", "created": "2026-01-02T00:00:00"}
+    for median, met in ((2.5, False), (1.75, True)):
+        rows = [{**row, "met": met, "found": {"median": median, "q1": 1.0, "q3": 3.0}}]
+        (tmp_path / "r.json").write_text(json.dumps({**result, "rows": rows}))
+        text = page.filled("x\n<!-- results: r.json -->\nold\n<!-- end -->\ny\n", tmp_path)
+        assert f"| a; why | {median:.3f} x b | 1.000 to 3.000 | 1.50 | at most 2.00 |" in text
+        assert ("**missed**" in text) == (not met)
+        assert "old" not in text
+        assert text.endswith("<!-- end -->\ny\n")
+        assert page.filled(text, tmp_path) == text
+
+
+@pytest.mark.slow
+def test_the_gpu_benchmark_on_a_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = [gpu.Workload("resnet20", 2, False, 1)]
+    monkeypatch.setattr(
+        gpu, "WORKLOADS", (*small, gpu.Workload("resnet20", 3, False, 1), gpu.Workload("resnet20", 4, True, 1))
+    )
+    path = tmp_path / "gpu.json"
+    gpu.main(["--device", "cpu", "--rounds", "1", "--seconds", "0.01", "--json", str(path)])
+    result = json.loads(path.read_text())
+    rows = {row["what"]: row for row in result["rows"]}
+    work = gpu.WORKLOADS[2]
+    flops = result["workloads"][work.name]["flops_per_step"]
+    assert flops["all"] == 2 * flops["none"]
+    assert 1.6 < flops["norm"] / flops["none"] < 1.7
+    seconds = result["rounds"][work.name][0]["seconds"]
+    assert rows[f"{work.name}, all eager"]["found"]["median"] == pytest.approx(4 / seconds["all eager"])
+    assert rows[f"{work.name}, all, eager"]["found"]["median"] == seconds["all eager"] / seconds["none eager"]
+    assert work.name in capsys.readouterr().out
+
+
+def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(SystemExit):
+        gpu.main([])
+    assert "finds no CUDA device" in capsys.readouterr().err
