@@ -81,7 +81,8 @@ def methods_notes(comparison: Comparison, table: Table) -> list[str]:
         notes.append(
             f"Tuned for each method under each mask by itself: rho, on validation images of {config.tuning_seeds} "
             f"other seed{'s' if config.tuning_seeds > 1 else ''}, from {grids}. Not tuned: options of methods, learning"
-            " rate, weight decay, epochs; they are the same in every cell and in the baseline."
+            " rate, weight decay, epochs; they are the same in every cell and in the baseline"
+            + (", settings that differ (below) excepted." if any(row.arm.settings for row in rows) else ".")
         )
     fixed = {
         row.arm.method: MethodSpec.parse(row.arm.method).preset

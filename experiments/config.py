@@ -6,8 +6,8 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, Literal, get_args, get_type_hints
 
 import joblib
 
@@ -16,6 +16,7 @@ from experiments.schedule import OptimizerSpec, Window
 from masks.errors import InputError, unknown_name
 from masks.spec import MaskSpec
 from sam import Method, MethodSpec, method_info
+from sam.method import Data
 from sam.perturbation import RULE_NAMES, Rule
 
 BASELINE = "none"
@@ -29,6 +30,8 @@ _CHOICES = {
     "bias": ("identity", "adaptive"),
     "norm_scope": ("", "masked", "full"),
     "norm_statistics": ("first", "second", "both"),
+    "precision": ("float32", "bf16"),
+    "ascent_gradient": ("replica", "synchronised"),
 }
 """Settings with a fixed list of values; an unknown one must not fall through to some default."""
 
@@ -38,7 +41,8 @@ class RunConfig:
     """One training run.
 
     Args:
-        data: digits, a torchvision image set by name (cifar10, fashion_mnist, ...), folder:DIR or npz:FILE.
+        data: digits, a torchvision image set by name (cifar10, fashion_mnist, ...), folder:DIR, stream:DIR@SIZE (a
+            folder larger than memory, decoded when needed) or npz:FILE.
         n_train: number of training images (default: 400 for digits, else what n_val leaves of the images that
             rho may be chosen on: the training split, or 40 % of a data set without a test split of its own).
         n_val: number of validation images (default: 300 for digits, else a fifth of those images).
@@ -56,13 +60,14 @@ class RunConfig:
         norm_weight_decay: whether it also acts on normalization parameters.
         clip_grad_norm: largest norm of the gradient that the base optimizer steps with.
         label_smoothing: of the training loss; evaluation is without.
-        augment: of training images, such as crop+flip+cutout=16; none for none.
+        augment: of training images, such as crop+flip+cutout=16, or resized_crop+flip for stream:; none for none.
         trainable: which parameters are trained: all, norm (the normalization layers' alone) or no_norm (theirs are
             frozen); the others keep their initial values, and no mask keeps them.
         epochs: passes over the training images.
-        batch_size: images per step; an incomplete last batch of an epoch is used as it is.
+        batch_size: images per step, those of all processes together; the last batch of an epoch has those that are
+            left, the same number for each process, and is left out where that would be less than 2.
         method: member of the SAM family, as name[:option=value...]; see `sam-masks methods`.
-        mask: which coordinates are perturbed, as name[:option=value...][@schedule]; see `sam-masks masks` (default:
+        mask: which coordinates are perturbed, as `name[:option=value...][@schedule]`; see `sam-masks masks` (default:
             norm, or the method's own).
         sam_epochs: perturb only in these epochs, as START..END, counted from 0, END not included (default: all).
         match: a budgeted mask keeps as many coordinates as this mask of natural size.
@@ -75,11 +80,18 @@ class RunConfig:
         norm_scope: normalise the gradient over the mask (masked), or over all parameters before masking (full)
             (default: masked, or the method's own).
         norm_statistics: pass in which running statistics of normalization layers are updated.
+        precision: of the model's forward and backward passes in training: float32, or bf16 (autocast to bfloat16).
+            Weights, perturbation, loss, masks and all measurements are in float32 under both.
         score_images: training images that a score mask is scored on; drawn with the seed, the same in every arm.
         seed: seed of the run; every purpose has a stream of its own, so runs of a seed are paired.
         tuning: train and validate on the development images only and leave the test images alone.
         measure_every: measure fit and flatness along training, too, after so many epochs each time; 0 for at the end
             only. Training is bitwise the same.
+        world_size: processes that train the model together, each on its shard of every batch; the launcher (torchrun)
+            decides it, and another value is refused.
+        ascent_gradient: with several processes, whether each ascends along the gradient of its own shard (replica) or
+            all along that of the whole batch (synchronised); with one they are the same.
+        cuda_graph: record a step and replay it, for small models on a GPU; the learning rate is then a float32.
     """
 
     data: str = "digits"
@@ -114,15 +126,20 @@ class RunConfig:
     bias: Literal["identity", "adaptive"] = "identity"
     norm_scope: Literal["", "masked", "full"] = ""
     norm_statistics: Literal["first", "second", "both"] = "first"
+    precision: Literal["float32", "bf16"] = "float32"
     score_images: int = 128
     seed: int = 0
     tuning: bool = False
     measure_every: int = 0
+    world_size: int | None = None
+    ascent_gradient: Literal["replica", "synchronised"] = "replica"
+    cuda_graph: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("epochs", 1), ("batch_size", 2), ("score_images", 1), ("measure_every", 0), ("warmup", 0)):
             if getattr(self, name) < least:
                 raise InputError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        self._check_shards()
         for name in ("lr", "momentum", "weight_decay", "rho"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
@@ -153,6 +170,7 @@ class RunConfig:
         for name, kind in (("optimizer", OptimizerSpec), ("augment", Augmentation), ("method", MethodSpec)):
             object.__setattr__(self, name, str(kind.parse(getattr(self, name))))
         method = self.sam_method()
+        self._check_ascent(method)
         self._take_presets()
         if method.rule.p == math.inf and self.norm_scope == "full":
             raise InputError("norm_scope full has no meaning for p = infinity, whose step has no norm")
@@ -165,6 +183,26 @@ class RunConfig:
             raise InputError(f"match: {error}") from None
         if self.density is not None and not 0 <= self.density <= 1:
             raise InputError(f"density must lie between 0 and 1, got {self.density}")
+
+    def _check_shards(self) -> None:
+        size = 1 if self.world_size is None else self.world_size
+        if size < 1:
+            raise InputError(f"world_size must be at least 1, got {size}")
+        if self.batch_size % size or self.batch_size < 2 * size:
+            raise InputError(
+                f"batch_size is that of all processes together and must give each of {size} as many images, at least "
+                f"2; got {self.batch_size}"
+            )
+
+    def _check_ascent(self, method: Method) -> None:
+        """Refuse a gradient of the whole batch for a method that divides the batch: each process has its shard only."""
+        synchronised = (self.world_size or 1) > 1 and self.ascent_gradient == "synchronised"
+        if synchronised and type(method.data) is not Data:
+            raise InputError(
+                f"method {self.method} chooses or divides the examples of a batch, and each of {self.world_size} "
+                "processes has its shard only: ascent_gradient synchronised would not be the run in one process; use "
+                "replica"
+            )
 
     def _smallest_rho(self) -> float:
         return self.rho
@@ -202,10 +240,13 @@ class RunConfig:
         return self.measure_every > 0 and (epoch + 1) % self.measure_every == 0
 
     def resolved(self) -> RunConfig:
-        """The same with the defaults that depend on the data set filled in."""
+        """The same with the defaults filled in that depend on the data set or on other settings."""
         digits = self.data == "digits"
+        world_size = 1 if self.world_size is None else self.world_size
         return replace(
             self,
+            world_size=world_size,
+            ascent_gradient=self.ascent_gradient if world_size > 1 else "replica",
             n_train=400 if self.n_train is None and digits else self.n_train,
             n_val=300 if self.n_val is None and digits else self.n_val,
             label_noise=(0.2 if digits else 0.0) if self.label_noise is None else self.label_noise,
@@ -220,6 +261,16 @@ class RunConfig:
         return _digest({"config": asdict(self), "content": dict(content)})
 
 
+PERTURBATION_SETTINGS = ("bias", "eta", "norm_scope", "norm_statistics", "rho_min", "rule", "sam_epochs")
+UPDATE_SETTINGS = (
+    *("clip_grad_norm", "label_smoothing", "lr", "momentum", "norm_weight_decay", "optimizer", "schedule"),
+    *("trainable", "warmup", "weight_decay"),
+)
+"""Settings that an arm may have of its own: of the perturbation, and of what the base optimizer steps on."""
+# The others are what runs of a seed are paired by (data, splits, label noise, augmentation, model, batches), what
+# masks are matched by (match, density, score_images), or have a place of their own in an arm or a comparison.
+
+
 @dataclass(frozen=True)
 class Arm:
     """One line of a comparison.
@@ -231,6 +282,9 @@ class Arm:
         rho: radii to choose from on validation data; empty for an arm without a perturbation.
         epochs_factor: multiplies the number of epochs (2: the compute of SAM for the base optimizer).
         role: "main" arms and "control" arms are two families for the correction of p values.
+        settings: training settings that this arm has otherwise than the comparison, by name: of the perturbation
+            (bias, eta, norm_scope, norm_statistics, rho_min, rule, sam_epochs) and of the update (clip_grad_norm,
+            label_smoothing, lr, momentum, norm_weight_decay, optimizer, schedule, trainable, warmup, weight_decay).
     """
 
     name: str
@@ -239,6 +293,7 @@ class Arm:
     epochs_factor: int = 1
     role: Literal["main", "control"] = "main"
     method: str = ""
+    settings: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         preset: Mapping[str, str] = {}
@@ -257,12 +312,34 @@ class Arm:
         object.__setattr__(self, "rho", tuple(float(r) for r in self.rho))
         if self.epochs_factor < 1:
             raise InputError(f"arm {self.name}: epochs_factor must be at least 1, got {self.epochs_factor}")
-        if self.name == BASELINE and (spec.name != "none" or self.epochs_factor != 1):
+        object.__setattr__(self, "settings", self._own_settings())
+        if self.name == BASELINE and (spec.name != "none" or self.epochs_factor != 1 or self.settings):
             raise InputError(f"the arm called {BASELINE!r} is the base optimizer that all others are compared with")
 
+    def _own_settings(self) -> dict[str, Any]:
+        """The settings in the order of their names, whole numbers as floats where the setting is one."""
+        allowed, hints = (*PERTURBATION_SETTINGS, *UPDATE_SETTINGS), get_type_hints(RunConfig)
+        out: dict[str, Any] = {}
+        for name, value in sorted(self.settings.items()):
+            if name not in allowed:
+                if name not in hints:
+                    raise InputError(f"arm {self.name}: {unknown_name('setting', name, allowed)}")
+                raise InputError(
+                    f"arm {self.name}: settings cannot hold {name}: runs are paired or matched by it, or it has a "
+                    f"place of its own; an arm may set {', '.join(sorted(allowed))}"
+                )
+            if name in PERTURBATION_SETTINGS and not self.rho:
+                raise InputError(f"arm {self.name}: mask none perturbs nothing; leave {name} out of its settings")
+            kinds = {str if isinstance(kind, str) else kind for kind in get_args(hints[name]) or (hints[name],)}
+            out[name] = float(value) if type(value) is int and float in kinds else value
+            if type(out[name]) not in kinds:
+                wanted = " or ".join(sorted("null" if kind is type(None) else kind.__name__ for kind in kinds))
+                raise InputError(f"arm {self.name}: {name} must be {wanted}, got {value!r}")
+        return out
 
-DECIDED = ("mask", "rho", "seed", "tuning")
-"""Settings of a run that a comparison decides."""
+
+DECIDED = ("mask", "rho", "seed", "tuning", "world_size", "ascent_gradient")
+"""Settings of a run that a comparison decides; its runs are of one process each."""
 _MOST_SEEDS = 10_000
 
 OTHER_RHO = (0.5, 1.0, 2.0, 4.0)
@@ -288,10 +365,12 @@ DEFAULT_ARMS = (
 class CompareConfig(RunConfig):
     """A comparison of arms, paired over seeds.
 
-    The settings of a run that an arm or a seed decides (mask, rho, seed, tuning) cannot be set.
+    The settings of a run that an arm or a seed decides (mask, rho, seed, tuning) cannot be set, nor those of runs over
+    several processes.
 
     Args:
-        arms: the arms, for configuration files; the arm called "none" is the baseline.
+        arms: the arms, for configuration files: name, mask, rho, epochs_factor, role, method, settings; the arm called
+            "none" is the baseline.
         methods: every arm under each of these methods, separated by commas (arms are then called METHOD/ARM; grids are
             those of the arms times the method's default radius over SAM's).
         masks: choose arms on the command line, separated by commas: names of arms (of the default ones, magnitude
@@ -314,6 +393,8 @@ class CompareConfig(RunConfig):
     def __post_init__(self) -> None:
         for name in DECIDED:
             if getattr(self, name) != getattr(RunConfig, name):
+                if name in ("world_size", "ascent_gradient"):
+                    raise InputError(f"the runs of a comparison are of one process each; leave {name} out")
                 raise InputError(f"a comparison takes {name} from its arms and seeds; leave {name} out")
         norm_scope = self.norm_scope
         super().__post_init__()
@@ -338,10 +419,23 @@ class CompareConfig(RunConfig):
         grids = {len(arm.rho) for arm in arms if arm.rho}
         if len(grids) > 1:
             raise InputError(f"every arm must have as many radii to choose from; found grids of {sorted(grids)}")
+        self._check_runs(arms)
         object.__setattr__(self, "arms", arms)
         object.__setattr__(self, "methods", None)
         object.__setattr__(self, "masks", None)
         object.__setattr__(self, "rho_grid", None)
+
+    def _check_runs(self, arms: tuple[Arm, ...]) -> None:
+        """Every arm has runs that can be had and that are no other arm's: records know one arm only."""
+        known: dict[RunConfig, str] = {}
+        for arm in arms:
+            for rho in arm.rho or (0.0,):
+                try:
+                    run = self.run(arm, rho=rho, seed=self.first_seed, tuning=False)
+                except InputError as error:
+                    raise InputError(f"arm {arm.name}: {error}") from None
+                if known.setdefault(run, arm.name) != arm.name:
+                    raise InputError(f"arms {known[run]} and {arm.name} are the same run at rho {rho:g}; leave one out")
 
     def _chosen(self) -> tuple[Arm, ...]:
         """The arms after `masks` and `rho_grid`."""
@@ -367,7 +461,7 @@ class CompareConfig(RunConfig):
 
     def run(self, arm: Arm, *, rho: float, seed: int, tuning: bool) -> RunConfig:
         """The configuration of one run of an arm."""
-        shared = {f.name: getattr(self, f.name) for f in fields(RunConfig)}
+        shared = {f.name: getattr(self, f.name) for f in fields(RunConfig)} | arm.settings
         own = {"mask": arm.mask, "rho": rho, "seed": seed, "tuning": tuning, "epochs": self.epochs * arm.epochs_factor}
         if arm.method:
             own["method"] = arm.method
@@ -393,7 +487,11 @@ class CompareConfig(RunConfig):
     def settings(self) -> dict[str, Any]:
         """The resolved comparison as a configuration file would say it."""
         skipped = {*DECIDED, "methods", "masks", "rho_grid"}
-        return {name: value for name, value in asdict(self).items() if name not in skipped}
+        found = {name: value for name, value in asdict(self).items() if name not in skipped}
+        for arm in found["arms"]:
+            if not arm["settings"]:
+                del arm["settings"]
+        return found
 
 
 def _arm_of(spec: str, grid: tuple[float, ...]) -> Arm:

@@ -91,7 +91,7 @@ def build_model(
         spec: one of
 
             - a name of :func:`list_models`, with options as in ``wrn28_10:norm=group`` or ``vit_t:patch=8``;
-              ``norm`` is batch, group, layer or none, see :func:`experiments.zoo.layers.make_norm`;
+              ``norm`` is batch, group, layer, rms or none, see :func:`experiments.zoo.layers.make_norm`;
             - ``torchvision:NAME``, a classification model of torchvision, untrained. Most want 3 channels;
             - ``timm:NAME``, a model of timm (the extra ``timm``), untrained, with timm's defaults;
             - ``module:function``, imported from the current directory or the environment, and called with

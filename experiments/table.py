@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from scipy.special import expit, logit
 
 from analysis import Interval, PairedComparison, accuracy_interval, compare_paired, mean_interval, seeds_needed
 from experiments.compare import Comparison, predicted_costs
-from experiments.config import BASELINE, Arm
+from experiments.config import BASELINE, UPDATE_SETTINGS, Arm
 from experiments.measure import LAMBDA_MAX
 from experiments.record import RunRecord
 from masks import MaskSpec, Schedule
@@ -88,15 +89,24 @@ class Table:
     rows: tuple[Row, ...]
     notes: tuple[str, ...]
 
+    def _repr_html_(self) -> str:
+        items = "".join(f"<li>{escape(note)}</li>" for note in self.notes)
+        return f"{shown(self).to_html()}<details><summary>How to read it</summary><ul>{items}</ul></details>"
 
-def build_table(comparison: Comparison) -> Table:
+
+def build_table(comparison: Comparison, *, predicted: Mapping[str, float | None] | None = None) -> Table:
     """Summarise a comparison.
 
     Cost is the median over seeds of processor seconds of training (mask building included) relative to the
     baseline's run of the same seed.
+
+    Args:
+        comparison: the runs.
+        predicted: cost of every arm's training as an earlier table of these runs has it; by default it is counted here,
+            which takes the model and the data.
     """
     gains = _gains(comparison)
-    predicted = predicted_costs(comparison)
+    predicted = _predicted(comparison) if predicted is None else predicted
     base = {r.config["seed"]: r for r in comparison.records[BASELINE]}
     count = matched_count(comparison)
     rows = []
@@ -104,8 +114,7 @@ def build_table(comparison: Comparison) -> Table:
         records = comparison.records[arm.name]
         last = [r.result["mask_builds"][-1] for r in records if r.result["mask_builds"]]
         history = [epoch for r in records for epoch in r.result["history"]]
-        ratio = [_seconds(r) / _seconds(base[r.config["seed"]]) for r in records]
-        factor = predicted[arm.name]
+        ratio = [seconds(r) / seconds(base[r.config["seed"]]) for r in records]
         rho = comparison.chosen.get(arm.name)
         rows.append(
             Row(
@@ -125,7 +134,7 @@ def build_table(comparison: Comparison) -> Table:
                 lambda_max=_metric(records, LAMBDA_MAX),
                 m_sharpness=_metric(records, comparison.measure.m_sharpness),
                 cost=statistics.median(ratio),
-                predicted_cost=None if factor is None else factor * arm.epochs_factor,
+                predicted_cost=predicted.get(arm.name),
                 diverged=sum(r.result["diverged"] is not None for r in records),
                 n=len(records),
             )
@@ -133,7 +142,16 @@ def build_table(comparison: Comparison) -> Table:
     return Table(tuple(rows), tuple(_notes(comparison, rows)))
 
 
-def _seconds(record: RunRecord) -> float:
+def _predicted(comparison: Comparison) -> dict[str, float | None]:
+    steps = predicted_costs(comparison)
+    return {
+        arm.name: None if (factor := steps[arm.name]) is None else factor * arm.epochs_factor
+        for arm in comparison.config.arms
+    }
+
+
+def seconds(record: RunRecord) -> float:
+    """Processor seconds of a run's training."""
     return float(record.telemetry["train_seconds"])
 
 
@@ -271,6 +289,7 @@ def _notes(comparison: Comparison, rows: Sequence[Row]) -> list[str]:
         "initial weights, data order, split and label noise in every arm.",
         *_mask_notes(comparison),
         *_method_notes(comparison),
+        *_settings_notes(comparison),
         f"{sizes['train_images']} training images of {config.data}, label noise "
         f"{comparison.records[BASELINE][0].config['label_noise']:g}; {sizes['test_images']} test images, "
         + ("the same for all seeds" if shared else "redrawn per seed")
@@ -326,6 +345,25 @@ def _method_notes(comparison: Comparison) -> list[str]:
     if blind:
         notes.append(f"Ascent strength is not known (-) where L(w) is never computed: {', '.join(blind)}.")
     return notes
+
+
+def _settings_notes(comparison: Comparison) -> list[str]:
+    arms = [arm for arm in comparison.config.arms if arm.settings]
+    if not arms:
+        return []
+    notes = [f"Settings differ: {'; '.join(f'{arm.name} has {settings_text(arm)}' for arm in arms)}."]
+    other = [arm.name for arm in arms if any(name in UPDATE_SETTINGS for name in arm.settings)]
+    if other:
+        notes.append(
+            f"The arm {BASELINE} is trained without these settings: gains of {', '.join(other)} are also those of the "
+            "settings."
+        )
+    return notes
+
+
+def settings_text(arm: Arm) -> str:
+    """The settings that an arm has of its own, on one line."""
+    return ", ".join(f"{name} {value}" for name, value in arm.settings.items())
 
 
 def _methods(comparison: Comparison) -> dict[str, MethodSpec]:
@@ -417,10 +455,13 @@ def _warnings(comparison: Comparison, rows: Sequence[Row], main: int, control: i
 
 
 def frame(table: Table) -> pd.DataFrame:
-    """The table as numbers, one line per arm, for CSV files; fractions, not percent. Methods where arms name them."""
+    """The table as numbers, one line per arm, for CSV files; fractions, not percent. Methods and settings where arms
+    name them."""
     numbers = pd.DataFrame([_flat(row) for row in table.rows])
     if any(row.arm.method for row in table.rows):
         numbers.insert(1, "method", [row.arm.method or None for row in table.rows])
+    if any(row.arm.settings for row in table.rows):
+        numbers.insert(2, "settings", [settings_text(row.arm) or None for row in table.rows])
     return numbers
 
 

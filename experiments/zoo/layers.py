@@ -8,8 +8,18 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-Norm = Literal["batch", "group", "layer", "none"]
+Norm = Literal["batch", "group", "layer", "rms", "none"]
 NORMS: tuple[Norm, ...] = get_args(Norm)
+
+
+class ChannelRMSNorm(nn.RMSNorm):
+    """Each pixel's vector of channels divided by its root mean square, and scaled per channel.
+
+    Zhang and Sennrich (2019), eq. 4, over the channels of images (B, C, H, W); there is no shift.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
 
 
 def make_norm(norm: Norm, channels: int) -> nn.Module:
@@ -20,18 +30,26 @@ def make_norm(norm: Norm, channels: int) -> nn.Module:
       32 equal groups of two or more, for a group of one channel would be an instance norm.
     - ``layer``: over channels and pixels of an image, with a scale and a shift per channel, so that it has the
       coordinates of ``batch``: GroupNorm with one group, as Wu and He (2018) define it for images.
+    - ``rms``: :class:`ChannelRMSNorm`, with a scale alone: half of the coordinates of ``batch``.
     - ``none``: nothing; see :func:`end_of_branch`.
     """
     if norm == "batch":
         return nn.BatchNorm2d(channels)
     if norm == "none":
         return nn.Identity()
+    if norm == "rms":
+        return ChannelRMSNorm(channels)
     return nn.GroupNorm(math.gcd(64, channels) // 2 or 1 if norm == "group" else 1, channels)
 
 
+def has_bias(norm: Norm) -> bool:
+    """Whether a convolution before this normalization has a bias: where no norm shifts its output."""
+    return norm in ("rms", "none")
+
+
 def convolution(norm: Norm, inputs: int, outputs: int, size: int, stride: int = 1, groups: int = 1) -> nn.Conv2d:
-    """A convolution that keeps the size of the image (divided by the stride); with bias only where no norm shifts."""
-    return nn.Conv2d(inputs, outputs, size, stride, size // 2, groups=groups, bias=norm == "none")
+    """A convolution that keeps the size of the image (divided by the stride); with bias as :func:`has_bias` says."""
+    return nn.Conv2d(inputs, outputs, size, stride, size // 2, groups=groups, bias=has_bias(norm))
 
 
 class Gain(nn.Module):

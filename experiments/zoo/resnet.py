@@ -9,7 +9,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from experiments.zoo.layers import Norm, convolution, end_of_branch, init_convolutions, make_norm
+from experiments.zoo.layers import Norm, convolution, end_of_branch, has_bias, init_convolutions, make_norm
 from masks.errors import InputError
 
 
@@ -29,7 +29,7 @@ def _shortcut(kind: str, norm: Norm, inputs: int, outputs: int, stride: int) -> 
         return nn.Identity()
     if kind == "padding":
         return _Padding(outputs - inputs, stride)
-    return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=norm == "none"), make_norm(norm, outputs))
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=has_bias(norm)), make_norm(norm, outputs))
 
 
 class _BasicBlock(nn.Module):

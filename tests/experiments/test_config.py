@@ -61,10 +61,14 @@ CHANGES: dict[str, Any] = {
     "bias": "adaptive",
     "norm_scope": "full",
     "norm_statistics": "both",
+    "precision": "bf16",
     "score_images": 3,
     "seed": 1,
     "tuning": True,
     "measure_every": 2,
+    "world_size": 2,
+    "ascent_gradient": "synchronised",
+    "cuda_graph": True,
 }
 
 
@@ -119,6 +123,7 @@ BAD_RUNS: dict[str, tuple[dict[str, Any], str]] = {
     "unknown rule": ({"rule": "l3"}, "unknown rule 'l3'; did you mean l2"),
     "unknown optimizer": ({"optimizer": "adem"}, "unknown optimizer 'adem'; did you mean adam"),
     "unknown scope": ({"norm_scope": "mask"}, "unknown norm_scope 'mask'; did you mean masked"),
+    "unknown precision": ({"precision": "fp16"}, "unknown precision 'fp16'"),
     "unknown statistics": ({"norm_statistics": "frist"}, "did you mean first"),
     "eta without a metric": ({"eta": 0.1}, "takes neither eta nor a bias convention"),
     "rho_min above rho": ({"rho_min": 0.6}, "rho_min must lie between 0 and rho=0.5, got 0.6"),

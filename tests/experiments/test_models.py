@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from experiments.models import build_model, check_model, list_models, user_module
+from experiments.zoo.layers import make_norm
 from masks.errors import InputError
 from masks.params import ParamTable, model_digest, norm_modules
 
@@ -128,7 +129,7 @@ def double_net(spec: str) -> tuple[list[torch.Tensor], Callable[[bool], list[tor
     return params, gradients, v
 
 
-@pytest.mark.parametrize("spec", ["resnet_small", "vit_small", "mlp", "vit_t"])
+@pytest.mark.parametrize("spec", ["resnet_small", "resnet_small:norm=rms", "vit_small", "mlp", "vit_t"])
 def test_second_derivatives_are_differences_of_first_ones(spec: str) -> None:
     params, gradients, v = double_net(spec)
     products = torch.autograd.grad(gradients(True), params, v)
@@ -158,19 +159,32 @@ def test_second_derivatives_exist(spec: str) -> None:
 
 
 @pytest.mark.parametrize("spec", [name for name, text in list_models().items() if "norm=" in text])
-@pytest.mark.parametrize("norm", ["group", "layer", "none"])
+@pytest.mark.parametrize("norm", ["group", "layer", "rms", "none"])
 def test_norm_variants(spec: str, norm: str) -> None:
-    """They train, agree with BatchNorm in the norm coordinates (or have none), and treat every image alone."""
+    """They train, agree with BatchNorm in the norm coordinates (RMSNorm in its weights; or have none), and treat every
+    image alone."""
     torch.manual_seed(0)
     width = NARROW.get(spec, 4)
     model = build(f"{spec}:norm={norm}", 3, (16, 16), 5, width=width)
     batch = ParamTable.from_model(build(spec, 3, (16, 16), 5, width=width))
     found = [row.numel for row in ParamTable.from_model(model) if row.is_norm]
-    assert found == ([] if norm == "none" else [row.numel for row in batch if row.is_norm])
+    roles = {"none": (), "rms": ("norm_weight",)}.get(norm, ("norm_weight", "norm_bias"))
+    assert found == [row.numel for row in batch if row.role in roles]
     x = torch.randn(4, 3, 16, 16)
     model(x).square().sum().backward()
     assert all(p.grad is not None and bool(p.grad.any()) for p in model.parameters())
     torch.testing.assert_close(model(x)[:2], model(x[:2]), rtol=1e-4, atol=1e-5)
+
+
+def test_rms_norm_of_images_is_its_formula() -> None:
+    layer = make_norm("rms", 3).double()
+    x = torch.randn(2, 3, 4, 5, dtype=torch.float64)
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([1.0, -2.0, 0.5]))
+        found = layer(x)
+    size = (x.square().sum(dim=1, keepdim=True) / 3).sqrt()
+    torch.testing.assert_close(found, x / size * torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)[:, None, None])
+    assert [row.role for row in ParamTable.from_model(nn.Sequential(layer))] == ["norm_weight"]
 
 
 def test_groups_are_those_of_wu_and_he_where_channels_allow() -> None:
