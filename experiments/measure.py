@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from analysis import Estimate, measurements
 from analysis.metrics import metric_info, resolve
-from experiments.build import batches_of, correct, sample_of
+from experiments.build import batches_of, correct, in_order, sample_of
 from experiments.split import Split
 from experiments.train import Trained
 from masks import Batch, cross_entropy
@@ -80,7 +80,7 @@ def measure(trained: Trained, config: MeasureConfig, device: torch.device) -> di
         :func:`observe`.
     """
     split = trained.split
-    right = correct(trained.model, split.test_x.to(device), split.test_y.to(device))
+    right = correct(trained.model, split.test_images.to(device), split.test_y)
     return {
         "test_accuracy": right.double().mean().item(),
         "test_correct": "".join("1" if r else "0" for r in right.tolist()),
@@ -119,17 +119,25 @@ def fit_of(model: nn.Module, split: Split, device: torch.device) -> dict[str, fl
     """
     training = [(module, module.training) for module in model.modules()]
     model.eval()
+    labels = {"": split.train_y.to(device), "_clean": split.train_y_clean.to(device)}
+    losses: dict[str, list[Tensor]] = {suffix: [] for suffix in labels}
+    predicted: list[Tensor] = []
+    start = 0
     try:
         with torch.no_grad():
-            logits = torch.cat([model(x.to(device)) for x in torch.split(split.train_x, 2 * _BATCH)])
+            for x in in_order(split.train_images.to(device), 2 * _BATCH):
+                logits = model(x)
+                predicted.append(logits.argmax(1))
+                for suffix, y in labels.items():  # the logits themselves may be larger than the images
+                    losses[suffix].append(cross_entropy(logits, y[start : start + len(x)]))
+                start += len(x)
     finally:
         for module, flag in training:
             module.training = flag
     out: dict[str, float] = {}
-    for suffix, labels in (("", split.train_y), ("_clean", split.train_y_clean)):
-        labels = labels.to(device)
-        out[f"train_loss{suffix}"] = float(cross_entropy(logits, labels).double().mean())
-        out[f"train_error{suffix}"] = float((logits.argmax(1) != labels).double().mean())
+    for suffix, y in labels.items():
+        out[f"train_loss{suffix}"] = float(torch.cat(losses[suffix]).double().mean())
+        out[f"train_error{suffix}"] = float((torch.cat(predicted) != y).double().mean())
     squares = [p.detach().double().square().sum() for p in model.parameters() if p.requires_grad]
     return out | {"weight_norm": float(torch.stack(squares).sum().sqrt())}
 

@@ -84,9 +84,7 @@ def register_method(
     """Register a method: ``fn(*, option: type = default, ...) -> Method``.
 
     Args:
-        name, summary, source, passes, tuned_on, rho, state_per_masked, state_per_parameter, limits, preset,
-            needs_model: see :class:`MethodInfo`.
-        num_passes: see there; may be left out where ``passes`` is a number.
+        num_passes: see :class:`MethodInfo`, as for all others; may be left out where ``passes`` is a number.
 
     Raises:
         InputError: a name that is taken or not snake_case, an option without a type or default.

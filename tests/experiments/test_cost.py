@@ -8,8 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.models import MODELS
 from experiments.cost import step_costs
+from masks import Mask, ParamTable
+from sam import SAM
 
 B, SIZES = 5, (7, 11, 13, 3)
 
@@ -30,16 +35,18 @@ def products() -> tuple[list[int], int]:
 def test_costs_of_an_mlp_on_paper(mlp: nn.Sequential) -> None:
     layer, full = products()
     forward = sum(layer)
+    # Of the final pass: what lies before the touched layer is not computed again, if two weights lie before it.
+    one, two = -layer[0], -layer[0] - layer[1]
     wanted = {
         "none": (set(), 0),
         "all": ({"0.weight", "0.bias", "2.weight", "2.bias", "4.weight", "4.bias"}, full),
-        "last weight": ({"4.weight"}, forward + layer[2]),
-        "last bias": ({"4.bias"}, forward),
+        "last weight": ({"4.weight"}, forward + layer[2] + two),
+        "last bias": ({"4.bias"}, forward + two),
         "middle weight": ({"2.weight"}, forward + layer[2] + layer[1]),
-        "middle bias": ({"2.bias"}, forward + layer[2]),
+        "middle bias": ({"2.bias"}, forward + layer[2] + one),
         "first weight": ({"0.weight"}, forward + layer[2] + layer[1] + layer[0]),
         "first bias": ({"0.bias"}, forward + layer[2] + layer[1]),
-        "two": ({"4.weight", "2.bias"}, forward + 2 * layer[2]),
+        "two": ({"4.weight", "2.bias"}, forward + 2 * layer[2] + one),
     }
     found = step_costs(mlp, torch.zeros(B, SIZES[0]), {name: touched for name, (touched, _) in wanted.items()})
     assert found == {name: pytest.approx(1 + extra / full) for name, (_, extra) in wanted.items()}
@@ -48,9 +55,57 @@ def test_costs_of_an_mlp_on_paper(mlp: nn.Sequential) -> None:
 
 
 def test_the_full_norm_needs_every_gradient(mlp: nn.Sequential) -> None:
-    sets = {"none": set[str](), "last": {"4.bias"}}
+    layer, full = products()
+    sets = {"none": set[str](), "last": {"4.bias"}, "first": {"0.bias"}}
     found = step_costs(mlp, torch.zeros(B, SIZES[0]), sets, every_gradient=True)
-    assert found == {"none": 1.0, "last": 2.0}
+    assert found == {"none": 1.0, "last": pytest.approx(2 - (layer[0] + layer[1]) / full), "first": 2.0}
+
+
+def test_what_follows_dropout_is_computed_again() -> None:
+    a, b, c, d = SIZES
+    model = nn.Sequential(nn.Linear(a, b), nn.Dropout(0.5), nn.Linear(b, c), nn.Linear(c, d))
+    layer, full = products()
+    found = step_costs(model, torch.zeros(B, a), {"last": {"3.weight"}})
+    assert found == {"last": pytest.approx(1 + (sum(layer) + layer[2] - layer[0]) / full)}
+
+
+def test_too_little_to_reuse_is_computed_again() -> None:
+    """One of five products: less than the quarter from which it is worth looking."""
+    model = nn.Sequential(nn.Linear(4, 4), *(nn.Linear(4, 4) for _ in range(4)))
+    layer, full = 2 * B * 16, 14 * 2 * B * 16
+    assert step_costs(model, torch.zeros(B, 4), {"a": {"1.bias"}, "b": {"2.bias"}}) == {
+        "a": pytest.approx(1 + (5 + 3) * layer / full),
+        "b": pytest.approx(1 + (5 + 2 - 2) * layer / full),
+    }
+
+
+@pytest.mark.parametrize("name", ["resnet20", pytest.param("vit_d128", marks=pytest.mark.slow)])
+@sdpa_kernel(SDPBackend.MATH)  # the operations of torch's fused attention for CPUs are not counted
+def test_the_prediction_is_what_the_engine_does(name: str) -> None:
+    """Counted while SAM steps, from the second step on: after the first it knows whether reuse is worth it."""
+    model = MODELS[name]()
+    batch = torch.randn(2, 3, 32, 32), torch.tensor([1, 7])
+    table = ParamTable.from_model(model)
+    names = [row.name for row in table]
+    sets = {"all": set(names), "last": set(names[-2:]), "late": set(names[len(names) * 2 // 3 :]), "4": {names[4]}}
+    found = step_costs(model, batch[0], sets)
+
+    def losses(b: tuple[Tensor, Tensor]) -> Tensor:
+        return nn.functional.cross_entropy(model(b[0]), b[1], reduction="none")
+
+    def count(optimizer: SAM) -> int:
+        optimizer.step_on(losses, batch)
+        with FlopCounterMode(display=False) as counter:
+            optimizer.step_on(losses, batch)
+        return counter.get_total_flops()
+
+    def sam(touched: set[str]) -> SAM:
+        mask = Mask(table, tuple(name in touched for name in names))
+        return SAM(torch.optim.SGD(model.parameters(), 1e-3), model, mask=mask, rho=0.01)
+
+    base = count(sam(set()))
+    assert found == {key: pytest.approx(count(sam(touched)) / base, rel=1e-12) for key, touched in sets.items()}
+    assert found["last"] == pytest.approx(1.01, abs=0.01)
 
 
 def test_frozen_parameters_cost_nothing(mlp: nn.Sequential) -> None:
@@ -87,6 +142,7 @@ def test_a_parameter_that_is_not_used_costs_nothing(mlp: nn.Sequential) -> None:
     found = step_costs(mlp, torch.zeros(B, SIZES[0]), {"spare": {"spare"}, "both": {"spare", "4.weight"}})
     assert found == {
         "spare": pytest.approx(1 + sum(layer) / full),
+        # Registered first, so that the engine does not look for a prefix.
         "both": pytest.approx(1 + (sum(layer) + layer[2]) / full),
     }
 

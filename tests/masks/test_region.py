@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from masks import Mask, MaskError, ParamTable, Region
-from masks.region import INDEX_BELOW, storage_order
+from masks.region import _TOGETHER, INDEX_BELOW, storage_order
 
 BASES: dict[str, Tensor] = {}
 
@@ -337,3 +337,87 @@ def test_region_on_a_gpu_with_a_mask_from_the_cpu(several: tuple[Several, Mask])
         assert torch.equal(model.get_parameter(row.name).detach(), before[row.name] + 0.5 * keep)
     region.restore(saved)
     assert all(torch.equal(p.detach(), before[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("times", [None, 0.3])
+def test_moved_is_the_sum_inside_and_the_same_bits_outside(
+    bound: tuple[One, Region, Tensor], times: float | None
+) -> None:
+    model, region, _ = bound
+    before = bits(model.w)
+    factor = None if times is None else torch.tensor(times, dtype=model.w.dtype)
+    for g in gradients_like(model.w).values():
+        given = g.clone()
+        values = region.gather([g])
+        product = values[0] if factor is None else values[0] * factor  # rounded before it is added
+        expected = model.w.detach() + region.scatter([product])[0]
+        with region.moved(values, factor):
+            assert values == []
+            assert (bits(model.w) == bits(expected)).all()
+        assert (bits(model.w) == before).all()
+        assert torch.equal(g, given)
+
+
+def test_moves_within_moves_that_fail_come_back(several: tuple[Several, Mask]) -> None:
+    model, mask = several
+    region = Region(mask, model)
+    before = [p.detach().clone() for p in model.parameters()]
+
+    def ones() -> list[Tensor]:
+        return [torch.ones(piece.shape) for piece in region.pieces]
+
+    with region.moved(ones()):
+        pass  # a copy is kept now
+    with region.moved(ones(), torch.tensor(2.0)):
+        here = [p.detach().clone() for p in model.parameters()]
+        with pytest.raises(ZeroDivisionError), region.moved(ones()):
+            raise ZeroDivisionError
+        assert all(torch.equal(a, b) for a, b in zip(here, model.parameters(), strict=True))
+        with pytest.raises(IndexError), region.moved(ones()[:-1]):  # fails on its way there
+            raise AssertionError("not reached")
+        assert all(torch.equal(a, b) for a, b in zip(here, model.parameters(), strict=True))
+        assert not all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_tensors_that_overlap_come_back() -> None:
+    """Too large to be moved together; the second is saved when the first has moved it."""
+    base = torch.randn(_TOGETHER + 10)
+    model = nn.ParameterList([nn.Parameter(base[:-10]), nn.Parameter(base[10:])])
+    region = Region(Mask(ParamTable.from_model(model), (True, True)), model)
+    assert len(region._groups) == 2
+    before = base.clone()
+    with region.moved([torch.ones_like(p) for p in region.params]):
+        assert torch.equal(base[10:-10], before[10:-10] + 1 + 1)
+    assert torch.equal(base, before)
+
+
+def test_one_copy_is_kept_and_used_again(several: tuple[Several, Mask]) -> None:
+    model, mask = several
+    region = Region(mask, model)
+    kept = set()
+    for _ in range(3):
+        with region.moved([torch.zeros(piece.shape) for piece in region.pieces]):
+            pass
+        assert region._backup is not None
+        kept.add(tuple(t.data_ptr() for t in region._backup))
+    assert len(kept) == 1
+    part = region.only([True, *[False] * (len(region.pieces) - 1)])
+    with part.moved([torch.zeros(part.pieces[0].shape)]):
+        pass
+    assert part._backup is not None
+    assert len(part._backup) == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_the_dense_form_is_zero_outside_whatever_was_there(dtype: torch.dtype) -> None:
+    model = One(torch.randn(40, 5, dtype=dtype))
+    keep = torch.rand(40, 5) < 0.5
+    region = Region(Mask(ParamTable.from_model(model), (keep,)), model)
+    g = torch.randn(40, 5, dtype=dtype)
+    g[0], g[1], g[2], g[3] = torch.nan, torch.inf, -torch.inf, -0.0
+    got = region.gather([g])[0]
+    assert got.dtype == dtype
+    assert (bits(got) == bits(torch.where(keep, g, 0))).all()
+    (derivative,) = torch.autograd.grad(region.gather([g.requires_grad_()])[0].sum(), g)
+    assert torch.equal(derivative, keep.to(dtype))

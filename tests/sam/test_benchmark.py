@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from benchmarks import method_cost, perturb_cost, step_cost
+from benchmarks import default_comparison, method_cost, perturb_cost, step_cost
 from sam import MethodSpec
 
 
@@ -46,6 +46,19 @@ def test_perturb_cost(tmp_path):
     first = result["rounds"]["moves"]
     ratio = sorted(r["seconds"]["norm"] / r["seconds"]["norm, naive SAM-ON"] for r in first)
     assert rows["norm", "naive SAM-ON"]["found"]["median"] == pytest.approx(sum(ratio) / 2)
+
+
+@pytest.mark.slow
+def test_default_comparison(tmp_path):
+    path = tmp_path / "cost.json"
+    small = ["--masks", "none,norm", "--rho-grid", "1", "--seeds", "1", "--epochs", "1", "--tuning-seeds", "1"]
+    default_comparison.main(["--json", str(path), "--", *small])
+    result = json.loads(path.read_text())
+    wall, processor = (row["found"]["median"] for row in result["rows"])
+    assert result["rounds"]["compare"][0]["seconds"] == {"wall": wall, "processor": processor}
+    assert wall > 0.5
+    assert processor > 0.5
+    assert result["rows"][0]["met"] is None  # the target is that of the defaults
 
 
 def test_method_cost(tmp_path, capsys):

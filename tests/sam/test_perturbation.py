@@ -105,6 +105,22 @@ def test_linf_has_no_full_scope_but_l2_differs_by_it():
     assert ratio < 0.5
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("rule", "scope"),
+    [("l2", "masked"), ("l2", "full"), ("linf", "masked"), ("elementwise_l2-eta0.05-identity", "masked")],
+)
+def test_eps_is_multiplier_times_directions_and_the_radius_its_norm(rule, scope, form):
+    """In float32, where the radius is taken from the directions' norm and eps is rounded."""
+    model = Quadratic().float()
+    g = [torch.randn(p.shape, generator=torch.Generator().manual_seed(3)) for p in model.parameters()]
+    eps, _, out = perturbed(model, quadratic_masks(model)[form], RULES[rule], scope, gradients=g)
+    assert out.multiplier is not None
+    assert all(torch.equal(d * out.multiplier, v) for d, v in zip(out.directions, out.values, strict=True))
+    assert out.radius.dtype == torch.float64
+    assert out.radius.item() == pytest.approx(np.sqrt((eps.astype(np.float64) ** 2).sum()), rel=3e-7)
+
+
 @pytest.mark.parametrize("rho_as", [float, torch.tensor])
 def test_radii_per_piece_share_one_norm(rho_as):
     model = Quadratic()
