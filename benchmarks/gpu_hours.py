@@ -25,6 +25,9 @@ from experiments.config import DEFAULT_ARMS, Arm
 from experiments.models import build_model
 from experiments.presets import get_preset
 
+IMAGENET = 1_281_167 - 50_000
+"""Training images of ImageNet-1k without those that radii are chosen on: ``--n-val 50000``."""
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -68,8 +71,8 @@ def grids() -> tuple[Grid, ...]:
     images, epochs = preset.settings["n_train"], preset.settings["epochs"]
     return (
         Grid("WRN-28-10, CIFAR-100", forward_flops(wrn, 32), images, epochs, arms),
-        Grid("ResNet-50, ImageNet", forward_flops(resnet, 224), 1_281_167, 90, DEFAULT_ARMS),
-        Grid("ViT-S/16, ImageNet", forward_flops(vit, 224), 1_281_167, 300, DEFAULT_ARMS),
+        Grid("ResNet-50, ImageNet", forward_flops(resnet, 224), IMAGENET, 90, DEFAULT_ARMS),
+        Grid("ViT-S/16, ImageNet", forward_flops(vit, 224), IMAGENET, 300, DEFAULT_ARMS),
     )
 
 

@@ -2,6 +2,9 @@
 
     python -m benchmarks.perturb_cost [--model resnet18_w32] [--rounds 25] [--batch-size 128] [--json FILE]
 
+Every move, and every way back, is timed after a pass (on few images), as in training: caches and the allocator are
+then as a pass leaves them. Moved back and forth without, copies that are freed and made again stay in the cache.
+
 The peers for all parameters are a naive SAM and, if it is installed (``pip install sam-masks[bench]``), the SAM of
 pytorch-optimizer with a base optimizer that does nothing; the target is of the faster one. The masked methods are naive
 references: :mod:`benchmarks.naive`.
@@ -9,6 +12,9 @@ references: :mod:`benchmarks.naive`.
 
 from __future__ import annotations
 
+import random
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from statistics import median
 from typing import Any
 
@@ -18,29 +24,36 @@ from benchmarks import naive
 from benchmarks.models import MODELS
 from benchmarks.rows import Row, arguments, finish, start
 from benchmarks.step_cost import losses
-from experiments.timing import Step, measure, ratios
+from experiments.timing import WARM_UP, Step, clock, measure, ratios
 from masks import Budget, Mask, MaskContext, Region, build_mask
 from sam import Rule, perturb
 
 DENSITIES = (0.001, 0.01, 0.1, 0.5)
 OF_PEER, OF_NAIVE_NORM, OF_STEP = 0.6, 0.3, 0.01
+BETWEEN = 8
+"""Images of the passes that are not timed."""
 
 
-def ours(mask: Mask, model: torch.nn.Module) -> Step:
+def ours(mask: Mask, model: torch.nn.Module) -> naive.Moves:
     """As :class:`sam.SAM` does it."""
     region = Region(mask, model)
 
-    def move_and_back() -> None:
+    moves: list[AbstractContextManager[None]] = []
+
+    def move() -> None:
         found = perturb(Rule(), region, [p.grad for p in region.params], naive.RHO)
-        with region.moved(found.directions, found.multiplier):
-            pass
+        moves.append(region.moved(found.directions, found.multiplier))
+        moves[-1].__enter__()
 
-    return move_and_back
+    def back() -> None:
+        moves.pop().__exit__(None, None, None)
+
+    return move, back
 
 
-def peers(params: list[torch.Tensor]) -> dict[str, Step]:
+def peers(params: list[torch.Tensor]) -> dict[str, naive.Moves]:
     """The naive reference, and the other package if it is there."""
-    found: dict[str, Step] = {"all, naive": naive.sam(params)}
+    found: dict[str, naive.Moves] = {"all, naive": naive.sam(params)}
     try:
         from pytorch_optimizer import SAM
     except ImportError:
@@ -52,11 +65,23 @@ def peers(params: list[torch.Tensor]) -> dict[str, Step]:
 
     optimizer = SAM(params, Nothing, rho=naive.RHO, lr=0.0)
 
-    def move_and_back() -> None:
-        optimizer.first_step()
-        optimizer.second_step()
+    return found | {"all, pytorch-optimizer": (optimizer.first_step, optimizer.second_step)}
 
-    return found | {"all, pytorch-optimizer": move_and_back}
+
+def measure_moves(moves: Mapping[str, naive.Moves], one_pass: Step, rounds: int) -> list[dict[str, Any]]:
+    """As :func:`experiments.timing.measure`: the seconds there and back, each right after a pass."""
+    shuffle, device, out = random.Random(0), torch.device("cpu"), []
+    for i in range(WARM_UP + rounds):
+        order = list(moves)
+        shuffle.shuffle(order)
+        seconds = dict.fromkeys(order, 0.0)
+        for name in order:
+            for way in moves[name]:
+                one_pass()
+                seconds[name] += clock(way, device)
+        if i >= WARM_UP:
+            out.append({"order": order, "seconds": seconds})
+    return out
 
 
 def main(given: list[str] | None = None) -> dict[str, Any]:
@@ -71,37 +96,37 @@ def main(given: list[str] | None = None) -> dict[str, Any]:
     params = list(model.parameters())
     context = MaskContext(model)
 
-    def sgd() -> None:
+    def sgd(images: int = options.batch_size) -> None:
         model.zero_grad()
-        losses(model, batch).mean().backward()
+        losses(model, (batch[0][:images], batch[1][:images])).mean().backward()
 
     passes = measure({"sgd": sgd}, 5, 0, torch.device("cpu"))
     norm = build_mask("norm", context)
-    random = {f"random {d:.1%}": build_mask("random", context, Budget.from_density(d, norm.numel)) for d in DENSITIES}
+    masks = {f"random {d:.1%}": build_mask("random", context, Budget.from_density(d, norm.numel)) for d in DENSITIES}
     others = peers(params)
-    steps: dict[str, Step] = {
+    moves: dict[str, naive.Moves] = {
         "all": ours(build_mask("all", context), model),
         **others,
         "norm": ours(norm, model),
         "norm, naive SAM-ON": naive.sam_on(params, [bool(part.all()) for part in norm.dense()]),
     }
-    for label, mask in random.items():
-        steps |= {label: ours(mask, model), f"{label}, naive SSAM": naive.ssam(params, mask.dense())}
-    found = measure(steps, options.rounds, 0, torch.device("cpu"))
+    for label, mask in masks.items():
+        moves |= {label: ours(mask, model), f"{label}, naive SSAM": naive.ssam(params, mask.dense())}
+    found = measure_moves(moves, lambda: sgd(BETWEEN), options.rounds)
     best = min(others, key=lambda name: median(r["seconds"][name] for r in found))
     step_seconds = sorted(r["seconds"]["sgd"] for r in passes)[len(passes) // 2]
 
     def of_step(what: str) -> dict[str, float]:
-        # In the unit of one time: the passes leave no cache warm for what comes after them.
+        # In the unit of one time, that of a whole batch.
         rounds = [{"seconds": {what: r["seconds"][what], "sgd": step_seconds}} for r in found]
         return ratios(rounds, what, "sgd")
 
     rows = [
         *(Row("all", ratios(found, "all", name), name, at_most=OF_PEER if name == best else None) for name in others),
         Row("norm", ratios(found, "norm", "norm, naive SAM-ON"), "naive SAM-ON", at_most=OF_NAIVE_NORM),
-        *(Row(label, ratios(found, label, f"{label}, naive SSAM"), "naive SSAM") for label in random),
-        *(Row(what, of_step(what), "an SGD step", at_most=OF_STEP if what in list(random)[:2] else None)
-          for what in steps),
+        *(Row(label, ratios(found, label, f"{label}, naive SSAM"), "naive SSAM") for label in masks),
+        *(Row(what, of_step(what), "an SGD step", at_most=OF_STEP if what in list(masks)[:2] else None)
+          for what in moves),
     ]  # fmt: skip
     return finish(result, rows, {"sgd": passes, "moves": found}, options.json)
 
