@@ -11,11 +11,29 @@ from pathlib import Path
 
 from tests.documents import ROOT
 
-_NOT_SOURCE = shutil.ignore_patterns(".*", "results", "local", "build", "dist", "*.egg-info", "__pycache__")
+_NOT_SOURCE = shutil.ignore_patterns(".*", "results", "local", "build", "dist", "site", "*.egg-info", "__pycache__")
 
 
 def fresh_environment(folder: Path) -> dict[str, str]:
-    """Make it in the folder; returns the variables under which a shell's python, pip and sam-masks are its own.
+    """Make it in the folder, with the project in it; returns the variables under which a shell's python, pip and
+    sam-masks are its own."""
+    variables, source = bare_environment(folder), copied_source(folder)
+    install(source, folder, variables)
+    return variables
+
+
+def install(what: Path, folder: Path, variables: dict[str, str]) -> None:
+    """Install a source tree or a wheel."""
+    run(f"pip install --quiet --no-deps --ignore-installed {what}", folder, variables)
+
+
+def copied_source(folder: Path) -> Path:
+    """A copy of what the project is made from."""
+    return Path(shutil.copytree(ROOT, folder / "source", ignore=_NOT_SOURCE))
+
+
+def bare_environment(folder: Path) -> dict[str, str]:
+    """The same without the project.
 
     pip finds nothing outside the machine, and builds with the setuptools that is there.
     """
@@ -27,15 +45,11 @@ def fresh_environment(folder: Path) -> dict[str, str]:
         command = home / "bin" / name
         command.write_text(f'#!/bin/sh\nexec {home}/bin/python -P -m {name} "$@"\n')
         command.chmod(0o755)
-    variables = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "PYTEST"))} | {
+    return {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "PYTEST"))} | {
         "PATH": f"{home}/bin{os.pathsep}{os.environ['PATH']}",
         "PIP_NO_INDEX": "1",
         "PIP_NO_BUILD_ISOLATION": "0",  # pip's spelling of yes
     }
-    source = folder / "source"
-    shutil.copytree(ROOT, source, ignore=_NOT_SOURCE)
-    run(f"pip install --quiet --no-deps --ignore-installed {source}", folder, variables)
-    return variables
 
 
 def run(command: str, folder: Path, variables: dict[str, str], *, code: int = 0) -> str:
