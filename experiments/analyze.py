@@ -55,7 +55,8 @@ class AnalyzeOptions:
     Args:
         model: resnet_small, vit_small, mlp, torchvision:NAME or module:function of your own.
         checkpoint: file with the weights (a state dict, or one that train wrote).
-        data: digits, a torchvision image set by name, folder:DIR or npz:FILE (default: as in the record).
+        data: digits, a torchvision image set by name, folder:DIR, stream:DIR@SIZE or npz:FILE (default: as in the
+            record).
         standardise: what the model's inputs are, split (standardised by the training images, as train does), none
             (pixels from 0 to 1) or MEAN,STD, one number each or one per channel as 0.5+0.5+0.5,0.2+0.2+0.2 (default:
             split, with a warning where there is no record).
@@ -262,8 +263,8 @@ def _standardised(split: Split, data: ImageSet, how: str | None) -> tuple[Split,
         mean, std = split.mean.tolist(), split.std.tolist()
         return split, {"standardise": "split", "inputs": "standardised by the training split", "mean": mean, "std": std}
     if how == "none":
-        pixels = data.x[split.train_index]
-        return replace(split, train_x=pixels), {
+        pixels = data.images.part(split.train_index, torch.zeros(channels), torch.ones(channels))
+        return replace(split, train_images=pixels), {
             "standardise": "none", "inputs": "pixels from 0 to 1", "mean": [0.0] * channels, "std": [1.0] * channels
         }  # fmt: skip
     try:
@@ -277,10 +278,9 @@ def _standardised(split: Split, data: ImageSet, how: str | None) -> tuple[Split,
             f"standardise must be split, none or MEAN,STD with one number each or {channels} for the channels, joined "
             f"by +, every STD positive; got {how!r}"
         )
-    shift, scale = (torch.tensor(part)[:, None, None] for part in (mean, std))
     text = f"pixels minus {'+'.join(f'{v:g}' for v in mean)} over {'+'.join(f'{v:g}' for v in std)}"
-    moved = (data.x[split.train_index] - shift) / scale
-    return replace(split, train_x=moved), {"standardise": str(how), "inputs": text, "mean": mean, "std": std}
+    moved = data.images.part(split.train_index, torch.tensor(mean), torch.tensor(std))
+    return replace(split, train_images=moved), {"standardise": str(how), "inputs": text, "mean": mean, "std": std}
 
 
 def _fit(model: nn.Module, batches: Sequence[Batch]) -> dict[str, Any]:

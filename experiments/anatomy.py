@@ -66,7 +66,7 @@ class Target:
             sample, classes = torch.zeros(2, *shape), 10
         else:
             data = load_cached(self.data)
-            shape, sample, classes = data.image_shape, data.x[:2], data.num_classes
+            shape, sample, classes = data.image_shape, data.first(2), data.num_classes
             if self.num_classes is not None and self.num_classes < classes:
                 raise InputError(f"num_classes is {self.num_classes}, but {self.data} has {classes} classes")
             split = make_split(data, seed=self.seed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import lru_cache
 from typing import Any
@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from experiments.config import RunConfig
 from experiments.data import ImageSet, load_data
+from experiments.images import Images
 from experiments.models import build_model, check_model
 from experiments.schedule import OptimizerSpec
 from experiments.seeds import derive_seed
@@ -63,13 +64,13 @@ def initial_model(config: RunConfig, data: ImageSet) -> nn.Module:
             num_classes=data.num_classes,
             width=config.width,
         )
-    check_model(model, data.x[:2], data.num_classes, name=config.model)
+    check_model(model, data.first(2), data.num_classes, name=config.model)
     freeze(model, config.trainable)
     return model
 
 
-def split_of(config: RunConfig, data: ImageSet) -> Split:
-    """The images of the run's seed.
+def split_of(config: RunConfig, data: ImageSet, workers: int = 0) -> Split:
+    """The images of the run's seed; ``workers`` processes decode those that stay in files.
 
     Raises:
         InputError: sizes that the data set does not have.
@@ -82,6 +83,7 @@ def split_of(config: RunConfig, data: ImageSet) -> Split:
         n_test=config.n_test,
         label_noise=config.label_noise or 0.0,
         tuning=config.tuning,
+        workers=workers,
     )
 
 
@@ -113,16 +115,21 @@ def sample_of(split: Split, n: int, seed: int, device: torch.device) -> tuple[Te
     A split is in the order of the data set, which for image folders and many files is class by class: its
     first images are of one class.
     """
-    order = torch.randperm(len(split.train_x), generator=torch.Generator().manual_seed(derive_seed(seed, "sample")))
+    order = torch.randperm(len(split.train_y), generator=torch.Generator().manual_seed(derive_seed(seed, "sample")))
     index = order[:n]
-    return split.train_x[index].to(device), split.train_y[index].to(device)
+    return split.train_images.to(device).read(index), split.train_y[index].to(device)
 
 
-def correct(model: nn.Module, x: Tensor, y: Tensor, batch_size: int = 512) -> Tensor:
+def in_order(images: Images, size: int) -> Iterator[Tensor]:
+    """All images in consecutive batches; the last one may be smaller."""
+    return images.batches(torch.split(torch.arange(len(images)), size)) if len(images) else iter(())
+
+
+def correct(model: nn.Module, images: Images, y: Tensor, batch_size: int = 512) -> Tensor:
     """Whether each image is classified right, bool of shape (N,), on the CPU; the model must be in eval mode."""
     with torch.no_grad():
-        right = [model(xs).argmax(1) == ys for xs, ys in batches_of(x, y, batch_size)]
-    return torch.cat(right).cpu() if right else torch.zeros(0, dtype=torch.bool)
+        found = [model(x).argmax(1) for x in in_order(images, batch_size)]
+    return torch.cat(found).cpu() == y.cpu() if found else torch.zeros(0, dtype=torch.bool)
 
 
 def clock_of(device: torch.device) -> Callable[[], float]:

@@ -26,6 +26,7 @@ from experiments.commands import (
     PresetsOptions,
     TrainOptions,
 )
+from experiments.distributed import Place, together
 from experiments.measure import listed
 from experiments.runner import RunFailed
 from experiments.worker import Terminated, ended_by_sigterm
@@ -37,14 +38,18 @@ FLAGS = {
     "failed": "only runs that failed, diverged, are unfinished or damaged, each with its reason",
     "quick": "end within about a minute: fewer rounds, and smaller batches where that is not enough",
     "quiet": "no progress bars",
+    "dry_run": "say what would run, how much of it is done, and about how long the rest takes; run and write nothing",
+    "show": "print the ablation's file instead, as a start for one of your own",
+    "smoke": "only see whether it runs: as many training images as a batch holds, two seeds, one radius per arm; its "
+    "numbers mean nothing",
     "sweep": "train every arm at every radius on the report's seeds, too: what sam-masks verdict compares at equal "
     "sharpness",
 }
-PLACES = ("folder",)
+PLACES = ("folder", "mask_name", "ablation")
 """Options that are given by their place, without a name."""
 EXIT_CODES = (
-    "exit codes: 0 done; 1 a run failed; 2 bad input; 130 interrupted by Ctrl-C, 143 ended by SIGTERM (the same "
-    "command goes on; what was finished is kept or printed)"
+    "exit codes: 0 done; 1 a run failed, or doctor found something broken; 2 bad input; 130 interrupted by Ctrl-C, 143 "
+    "ended by SIGTERM (the same command goes on; what was finished is kept or printed)"
 )
 
 
@@ -154,10 +159,14 @@ class _Command:
 
 
 def _commands() -> dict[str, _Command]:
+    from experiments.ablate import AblateOptions
     from experiments.analyze import AnalyzeOptions
     from experiments.bench import BenchOptions
     from experiments.config import CompareConfig, RunConfig
+    from experiments.doctor import DoctorOptions
     from experiments.measure import MeasureConfig
+    from experiments.new_mask import NewMaskOptions
+    from experiments.report import ReportOptions
     from experiments.runs import RunsOptions
     from experiments.verdict import VerdictOptions
 
@@ -166,6 +175,11 @@ def _commands() -> dict[str, _Command]:
             "compare arms, paired over seeds, with rho chosen per mask on validation data",
             "--masks all,norm,random --seeds 8",
             (CompareConfig, MeasureConfig, CompareOptions),
+        ),
+        "ablate": _Command(
+            "run an ablation, one comparison or several with a joint table; ablate list names them",
+            "norm_parts --data folder:DIR --model module:function",
+            (AblateOptions, CompareConfig, MeasureConfig, CompareOptions),
         ),
         "train": _Command("train one model", "--mask norm --rho 1", (RunConfig, TrainOptions)),
         "masks": _Command(
@@ -196,10 +210,25 @@ def _commands() -> dict[str, _Command]:
             "results --where arm=norm,rho=1",
             (RunsOptions,),
         ),
+        "report": _Command(
+            "write the report of a comparison from its folder, without training: HTML, Markdown, CSV, SVG, LaTeX",
+            "results/compare-ID --out report",
+            (ReportOptions,),
+        ),
         "verdict": _Command(
             "say whether a gain comes from flatness, from the folder of a comparison",
             "results/compare-ID",
             (VerdictOptions,),
+        ),
+        "new-mask": _Command(
+            "write a plugin project for a mask of one's own: module, test, pyproject, README",
+            "my_idea",
+            (NewMaskOptions,),
+        ),
+        "doctor": _Command(
+            "say what is broken: versions, torch with torchvision, devices, plugins, locks, a model's norm layers",
+            "--model module:function",
+            (DoctorOptions,),
         ),
     }
 
@@ -214,7 +243,7 @@ def _command_parser(name: str, command: _Command) -> jsonargparse.ArgumentParser
         exit_on_error=False,
         allow_abbrev=False,
     )
-    if RunConfig in command.options[0].__mro__:
+    if any(RunConfig in cls.__mro__ for cls in command.options):
         parser.add_argument("--config", action="config", help="YAML file with any of these options")
     for cls in command.options:
         flags = [f.name for f in fields(cls) if f.name in FLAGS]
@@ -253,37 +282,71 @@ def _version() -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    place = None
     try:
         with ended_by_sigterm():
-            code = _run(arguments)
+            place = _place(arguments)
+            if place is None:
+                return _printed(arguments)
+            if {"-h", "--help", "--version"} & {*arguments}:
+                return _printed(arguments) if place.rank == 0 else EXIT_OK
+            if arguments[:1] != ["train"]:
+                raise InputError(f"{' '.join(arguments[:1])} runs in one process, not in {place.size}; only train does")
+            return together(place, lambda: _printed(arguments), _ending)
+    except (Exception, KeyboardInterrupt) as error:
+        line, code = _ending(error)
+        if place is None or place.local_rank == 0:
+            print(line, file=sys.stderr)
+        return code
+
+
+def _place(arguments: list[str]) -> Place | None:
+    """Who this process is. What a launcher of something else left in the environment is no matter of commands that run
+    in one process.
+
+    Raises:
+        InputError: see :meth:`experiments.distributed.Place.of`.
+    """
+    try:
+        return Place.of(os.environ)
+    except InputError:
+        if arguments[:1] == ["train"]:
+            raise
+        return None
+
+
+def _printed(arguments: list[str]) -> int:
+    """Run the command line until all is printed, or nobody reads it."""
+    try:
+        code = _run(arguments)
         sys.stdout.flush()
         return code
-    except InputError as error:
-        _say(str(error))
-        return EXIT_INPUT
-    except KeyboardInterrupt as request:
-        ended = isinstance(request, Terminated)
-        print(
-            f"sam-masks: {'ended by SIGTERM' if ended else 'interrupted'}; finished runs are kept, and the same "
-            "command goes on from there",
-            file=sys.stderr,
-        )
-        return EXIT_TERMINATED if ended else EXIT_INTERRUPTED
-    except RunFailed as error:
-        _say(str(error))
-        return EXIT_FAILED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_OK
-    except Exception as error:
-        if os.environ.get("SAM_MASKS_TRACEBACK"):
-            raise
-        _say(f"{type(error).__name__}: {error}; set SAM_MASKS_TRACEBACK=1 to see where it comes from")
-        return EXIT_FAILED
 
 
-def _say(message: str) -> None:
-    print(f"sam-masks: error: {' '.join(message.split())}", file=sys.stderr)
+def _ending(error: BaseException) -> tuple[str, int]:
+    """What the user is told of an error, and the exit code.
+
+    Raises:
+        BaseException: the error itself, where it is unknown and the user wants to see where it comes from.
+    """
+    if isinstance(error, KeyboardInterrupt):
+        ended = isinstance(error, Terminated)
+        what = "ended by SIGTERM" if ended else "interrupted"
+        line = f"sam-masks: {what}; finished runs are kept, and the same command goes on from there"
+        return line, EXIT_TERMINATED if ended else EXIT_INTERRUPTED
+    if isinstance(error, (InputError, RunFailed)):
+        return _line(str(error)), EXIT_INPUT if isinstance(error, InputError) else EXIT_FAILED
+    if os.environ.get("SAM_MASKS_TRACEBACK"):
+        raise error
+    where = "set SAM_MASKS_TRACEBACK=1 to see where it comes from"
+    return _line(f"{type(error).__name__}: {error}; {where}"), EXIT_FAILED
+
+
+def _line(message: str) -> str:
+    return f"sam-masks: error: {' '.join(message.split())}"
 
 
 def _run(arguments: list[str]) -> int:
@@ -296,17 +359,34 @@ def _run(arguments: list[str]) -> int:
         return EXIT_INPUT
     parser.command = arguments[0]
     try:
-        parsed = parser.parse_args(_config_first([_underscored(argument) for argument in arguments]))
-        if "plugin" in parsed[parsed.command]:  # a verdict imports nothing of the user's
-            _load_plugins(parsed[parsed.command].plugin)
-        _refuse_nulls(parser, vars(parsed[parsed.command]))
-        values = vars(parser.instantiate(parsed)[parsed.command])
+        # An ablation's own settings come between those that were given and the defaults.
+        words = _config_first([_underscored(argument) for argument in arguments])
+        parsed = parser.parse_args(words, defaults=parser.command != "ablate")
+        if parsed.command == "ablate":
+            return commands.run_ablate(vars(parsed["ablate"]), lambda settings: _compare_values(parser, settings))
+        values = _values(parser, parsed)
     except jsonargparse.ArgumentError as error:
         raise UsageError(_one_line(str(error), parser)) from None
     except UnicodeDecodeError:
         raise UsageError("the configuration file is not text") from None
-    run: Callable[[dict[str, Any]], int] = getattr(commands, f"run_{parsed.command}")
+    run: Callable[[dict[str, Any]], int] = getattr(commands, f"run_{parsed.command.replace('-', '_')}")
     return run(values)
+
+
+def _values(parser: _Parser, parsed: jsonargparse.Namespace) -> dict[str, Any]:
+    """The options of the command, checked, once its plugins are loaded."""
+    # A verdict imports nothing of the user's, and the doctor says itself what cannot be imported.
+    if "plugin" in parsed[parsed.command] and parsed.command != "doctor":
+        _load_plugins(parsed[parsed.command].plugin)
+    _refuse_nulls(parser, vars(parsed[parsed.command]))
+    values: dict[str, Any] = vars(parser.instantiate(parsed)[parsed.command])
+    return values
+
+
+def _compare_values(parser: _Parser, settings: dict[str, Any]) -> dict[str, Any]:
+    """The options of compare from some of them, such as the settings of an ablation."""
+    parser.command = "compare"
+    return _values(parser, parser.parse_object({"command": "compare", "compare": settings}))
 
 
 def _refuse_nulls(parser: _Parser, values: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -12,7 +13,13 @@ from experiments.measure import listed
 from masks.errors import InputError
 
 if TYPE_CHECKING:
+    from experiments.compare import Comparison
+    from experiments.config import CompareConfig
     from experiments.executors.base import Executor
+    from experiments.measure import MeasureConfig
+    from experiments.plan import StudyPlan
+    from experiments.runner import Policy
+    from experiments.table import Table
 
 EXIT_OK, EXIT_FAILED, EXIT_INPUT, EXIT_INTERRUPTED, EXIT_TERMINATED = 0, 1, 2, 130, 143
 
@@ -31,10 +38,13 @@ class CompareOptions:
         minutes: time limit of a Slurm job; a run that reaches it is saved, queued again and goes on.
         retries: how often a run that failed is tried again.
         checkpoint_minutes: minutes after which a run is saved each time, to go on from there.
+        workers: processes per run that decode images of stream:DIR@SIZE ahead; no number depends on it.
+        tensorboard: folder where each run writes its curves for TensorBoard (extra [tensorboard]).
         device: auto, cpu, cuda or cuda:N.
         plugin: modules to import for their masks, separated by commas.
         sweep: train every arm at every radius of its grid on the report's seeds, too, for `sam-masks verdict`.
         quiet: no progress bars.
+        dry_run: say what would run, how much of it is done, and about how long the rest takes; run and write nothing.
         json: print the table as JSON.
     """
 
@@ -48,9 +58,12 @@ class CompareOptions:
     minutes: int = 240
     retries: int = 0
     checkpoint_minutes: float = 10.0
+    workers: int = 0
+    tensorboard: str | None = None
     device: str = "auto"
     plugin: str | None = None
     quiet: bool = False
+    dry_run: bool = False
     json: bool = False
 
 
@@ -62,16 +75,22 @@ class TrainOptions:
         out: folder for the record and the checkpoint; by default results/train-ID.
         init: checkpoint to start from instead of the seed's weights (a state dict, or one that train wrote).
         checkpoint_minutes: minutes after which the run is saved each time, to go on from there.
+        workers: processes per run that decode images of stream:DIR@SIZE ahead; no number depends on it.
+        tensorboard: folder where each run writes its curves for TensorBoard (extra [tensorboard]).
         device: auto, cpu, cuda or cuda:N.
         plugin: modules to import for their masks, separated by commas.
+        dry_run: say what would run and about how long it takes; run and write nothing.
         json: print the record as JSON.
     """
 
     out: str | None = None
     init: str | None = None
     checkpoint_minutes: float = 10.0
+    workers: int = 0
+    tensorboard: str | None = None
     device: str = "auto"
     plugin: str | None = None
+    dry_run: bool = False
     json: bool = False
 
 
@@ -141,38 +160,20 @@ def _pick(cls: type, values: dict[str, Any]) -> Any:
 
 
 def run_compare(values: dict[str, Any]) -> int:
-    from experiments.by_method import methods_frame, methods_notes, methods_shown
-    from experiments.compare import compare
+    from experiments.by_method import methods_notes, methods_shown
     from experiments.config import CompareConfig
     from experiments.measure import MeasureConfig
-    from experiments.report import write_report
-    from experiments.runner import Policy
-    from experiments.table import build_table, frame, shown
+    from experiments.table import shown
 
     options: CompareOptions = _pick(CompareOptions, values)
-    comparison = compare(
-        _pick(CompareConfig, values),
-        None if options.out is None else Path(options.out),
-        measure=_pick(MeasureConfig, values),
-        sweep=options.sweep,
-        executor=_executor(options),
-        policy=Policy(
-            device=options.device,
-            plugins=listed(options.plugin),
-            retries=options.retries,
-            checkpoint_minutes=options.checkpoint_minutes,
-            quiet=options.quiet,
-        ),
-    )
-    table = build_table(comparison)
-    page = write_report(comparison, table)
+    config, measure = _pick(CompareConfig, values), _pick(MeasureConfig, values)
+    if options.dry_run:
+        plan = _planned(config, measure, options)
+        print(plan.as_json() if options.json else plan.as_text())
+        return EXIT_OK
+    comparison, table, page = _compared(config, measure, options)
     if options.json:
-        arms = json.loads(frame(table).to_json(orient="records", double_precision=15))
-        found = {"arms": arms, "notes": table.notes, "folder": str(comparison.folder)}
-        if any(arm.method for arm in comparison.config.arms):
-            lines = methods_frame(table).to_json(orient="records", double_precision=15)
-            found["methods_by_masks"] = {"cells": json.loads(lines), "notes": methods_notes(comparison, table)}
-        print(json.dumps(found, indent=1))
+        print(json.dumps(_comparison_json(comparison, table), indent=1))
         return EXIT_OK
     print(shown(table).to_string())
     by_method = methods_shown(table)
@@ -185,6 +186,139 @@ def run_compare(values: dict[str, Any]) -> int:
         print(f"- {note}")
     print(f"\npage: {page}\ntables and records: {comparison.folder}")
     return EXIT_OK
+
+
+def _compared(
+    config: CompareConfig, measure: MeasureConfig, options: CompareOptions, folder: Path | None = None
+) -> tuple[Comparison, Table, Path]:
+    """Make a comparison and its report, in this folder or that of the options; the path is the page's."""
+    from experiments.compare import compare
+    from experiments.report import write_report
+    from experiments.table import build_table
+
+    comparison = compare(
+        config,
+        folder or (None if options.out is None else Path(options.out)),
+        measure=measure,
+        sweep=options.sweep,
+        executor=_executor(options),
+        policy=_policy(options),
+    )
+    table = build_table(comparison)
+    return comparison, table, write_report(comparison, table)
+
+
+def _planned(
+    config: CompareConfig, measure: MeasureConfig, options: CompareOptions, folder: Path | None = None
+) -> StudyPlan:
+    """What :func:`_compared` would run; options that it would refuse are refused."""
+    from experiments.plan import plan_comparison
+
+    _executor(options)
+    return plan_comparison(
+        config,
+        folder or (None if options.out is None else Path(options.out)),
+        measure=measure,
+        sweep=options.sweep,
+        processes=_processes(options) if options.executor == "local" else None,
+        policy=_policy(options),
+    )
+
+
+def _policy(options: CompareOptions) -> Policy:
+    from experiments.runner import Policy
+
+    return Policy(
+        device=options.device,
+        plugins=listed(options.plugin),
+        retries=options.retries,
+        checkpoint_minutes=options.checkpoint_minutes,
+        workers=options.workers,
+        tensorboard=_tensorboard(options),
+        quiet=options.quiet,
+    )
+
+
+def _comparison_json(comparison: Comparison, table: Table) -> dict[str, Any]:
+    from experiments.by_method import methods_frame, methods_notes
+    from experiments.table import frame
+
+    arms = json.loads(frame(table).to_json(orient="records", double_precision=15))
+    found = {"arms": arms, "notes": table.notes, "folder": str(comparison.folder)}
+    if any(arm.method for arm in comparison.config.arms):
+        lines = methods_frame(table).to_json(orient="records", double_precision=15)
+        found["methods_by_masks"] = {"cells": json.loads(lines), "notes": methods_notes(comparison, table)}
+    return found
+
+
+def run_ablate(given: dict[str, Any], read: Callable[[dict[str, Any]], dict[str, Any]]) -> int:
+    """Run an ablation.
+
+    Args:
+        given: the options that were given, without defaults.
+        read: the values of all options of compare from some of them.
+    """
+    from experiments.ablate import (
+        LIST,
+        AblateOptions,
+        default_folder,
+        describe_ablations,
+        joint_notes,
+        joint_shown,
+        load_ablation,
+        point_name,
+        shrunk,
+        write_joint,
+    )
+    from experiments.compare import check_arms
+    from experiments.config import CompareConfig
+    from experiments.measure import MeasureConfig
+
+    options: AblateOptions = _pick(AblateOptions, given)
+    if options.ablation == LIST:
+        print(describe_ablations())
+        return EXIT_OK
+    ablation = load_ablation(options.ablation)
+    if options.show:
+        print(ablation.source, end="")
+        return EXIT_OK
+    own = {f.name for f in fields(AblateOptions)}
+    points = ablation.comparisons({name: value for name, value in given.items() if name not in own})
+    values = [read(settings) for _, settings in points]
+    asked = [(_pick(CompareConfig, each), _pick(MeasureConfig, each)) for each in values]
+    if options.smoke:
+        asked = [shrunk(config, measure) for config, measure in asked]
+    for config, _ in asked:  # all of them, before the first is trained for minutes
+        check_arms(config)
+    folder = Path(values[0]["out"] or default_folder(ablation.name, asked))
+    if values[0]["dry_run"]:
+        plans = []
+        for (varied, _), each, (config, measure) in zip(points, values, asked, strict=True):
+            plans.append(_planned(config, measure, _pick(CompareOptions, each), folder / point_name(varied)))
+        as_json = [plan.as_json() for plan in plans]
+        print(f"[{', '.join(as_json)}]" if values[0]["json"] else "\n\n".join(plan.as_text() for plan in plans))
+        return EXIT_OK
+    made = []
+    for (varied, _), each, (config, measure) in zip(points, values, asked, strict=True):
+        at = folder / point_name(varied)
+        made.append((varied, *_compared(config, measure, _pick(CompareOptions, each), at)))
+    tables = [(varied, table) for varied, _, table, _ in made]
+    page = write_joint(ablation, tables, folder)
+    if values[0]["json"]:
+        found = [{"point": varied, **_comparison_json(one, table)} for varied, one, table, _ in made]
+        print(json.dumps({"ablation": ablation.name, "points": found, "folder": str(folder)}, indent=1))
+        return EXIT_OK
+    print(joint_shown(tables).to_string(index=False))
+    print()
+    for note in joint_notes(tables):
+        print(f"- {note}")
+    print("\n" + "\n".join(f"page: {one}" for *_, one in made))
+    print(f"joint table: {page} and ablation.csv")
+    return EXIT_OK
+
+
+def _tensorboard(options: CompareOptions | TrainOptions) -> Path | None:
+    return None if options.tensorboard is None else Path(options.tensorboard)
 
 
 def _executor(options: CompareOptions) -> Executor:
@@ -201,27 +335,53 @@ def _executor(options: CompareOptions) -> Executor:
         from experiments.executors.slurm import SlurmExecutor
 
         return SlurmExecutor(gpus=options.gpus, partition=options.partition, minutes=options.minutes)
+    from experiments.executors import local
+
+    return local.LocalExecutor(_processes(options))
+
+
+def _processes(options: CompareOptions) -> int:
+    """How many runs execute at once on this machine."""
     from experiments.build import pick_device
     from experiments.config import default_processes
     from experiments.executors import local
 
-    device, processes = pick_device(options.device), options.processes
-    if processes is None:
-        processes = default_processes() if device.type == "cpu" else local.num_gpus(options.device)
-    return local.LocalExecutor(processes)
+    device = pick_device(options.device)
+    if options.processes is not None:
+        return options.processes
+    return default_processes() if device.type == "cpu" else local.num_gpus(options.device)
 
 
 def run_train(values: dict[str, Any]) -> int:
     from experiments.analyze import as_text
     from experiments.config import RunConfig
+    from experiments.distributed import current
     from experiments.runner import Policy
-    from experiments.single import train_one
+    from experiments.single import assist_one, train_one
 
     options: TrainOptions = _pick(TrainOptions, values)
     out = None if options.out is None else Path(options.out)
     init = None if options.init is None else Path(options.init)
-    policy = Policy(options.device, listed(options.plugin), checkpoint_minutes=options.checkpoint_minutes)
-    record, folder, notes = train_one(_pick(RunConfig, values), out, init=init, policy=policy)
+    policy = Policy(
+        options.device,
+        listed(options.plugin),
+        checkpoint_minutes=options.checkpoint_minutes,
+        workers=options.workers,
+        tensorboard=_tensorboard(options),
+    )
+    config, team = _pick(RunConfig, values), current()
+    if options.dry_run:
+        from experiments.plan import plan_run
+
+        if team is not None:
+            raise InputError(f"dry_run times one process, and this run has {team.size}; leave it out")
+        plan = plan_run(config, out, init=init, policy=policy)
+        print(plan.as_json() if options.json else plan.as_text())
+        return EXIT_OK
+    if team is not None and not team.leads:
+        assist_one(config, init=init, policy=policy, team=team)
+        return EXIT_OK
+    record, folder, notes = train_one(config, out, init=init, policy=policy, team=team)
     for note in notes:
         print(f"sam-masks: warning: {note}", file=sys.stderr)
     result = record.result
@@ -359,6 +519,13 @@ def run_verdict(values: dict[str, Any]) -> int:
     return EXIT_OK
 
 
+def run_report(values: dict[str, Any]) -> int:
+    from experiments.report import ReportOptions, report
+
+    print(f"page: {report(_pick(ReportOptions, values))}")
+    return EXIT_OK
+
+
 def run_runs(values: dict[str, Any]) -> int:
     from experiments.runs import RunsOptions, as_json, show
 
@@ -366,3 +533,23 @@ def run_runs(values: dict[str, Any]) -> int:
     text, rows = show(options)
     print(as_json(rows) if options.json else text)
     return EXIT_OK
+
+
+def run_new_mask(values: dict[str, Any]) -> int:
+    from experiments.new_mask import NewMaskOptions, new_mask
+
+    options: NewMaskOptions = _pick(NewMaskOptions, values)
+    folder = new_mask(options)
+    print("\n".join(str(path) for path in sorted(folder.rglob("*")) if path.is_file()))
+    print(f"\ninstall and test it:  pip install -e '{folder}[test]' && pytest {folder}")
+    print(f"compare it:           sam-masks compare --masks norm,random,{options.mask_name}")
+    return EXIT_OK
+
+
+def run_doctor(values: dict[str, Any]) -> int:
+    from experiments.doctor import DoctorOptions, as_json, as_text, examine
+
+    options: DoctorOptions = _pick(DoctorOptions, values)
+    findings = examine(options)
+    print(as_json(findings) if options.json else as_text(findings))
+    return EXIT_FAILED if any(finding.state == "broken" for finding in findings) else EXIT_OK

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -74,8 +74,27 @@ def open_folder(folder: Path, config: CompareConfig, measure: MeasureConfig, stu
     Raises:
         InputError: it holds something else, or cannot be written.
     """
+    if holds(folder, study_id):
+        return
+    content = {
+        "schema": STUDY_SCHEMA,
+        "study_id": study_id,
+        "config": config.settings(),
+        "measure": asdict(measure),
+    }
+    with _using(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / STUDY_FILE, json.dumps(content, indent=1) + "\n")
+
+
+def holds(folder: Path, study_id: str) -> bool:
+    """Whether a folder holds this comparison; False where it is not there, or empty.
+
+    Raises:
+        InputError: it holds something else, or cannot be read.
+    """
     marker = folder / STUDY_FILE
-    try:
+    with _using(folder):
         if marker.exists():
             found = json.loads(marker.read_text(encoding="utf-8"))
             if found.get("study_id") != study_id:
@@ -83,20 +102,20 @@ def open_folder(folder: Path, config: CompareConfig, measure: MeasureConfig, stu
                     f"{folder} holds the results of another comparison ({found.get('study_id')}, this is {study_id}); "
                     "choose another folder with --out"
                 )
-            return
+            return True
         if folder.exists() and any(folder.iterdir()):
             raise InputError(f"{folder} is not empty and holds no comparison; choose another folder with --out")
-        folder.mkdir(parents=True, exist_ok=True)
-        content = {
-            "schema": STUDY_SCHEMA,
-            "study_id": study_id,
-            "config": config.settings(),
-            "measure": asdict(measure),
-        }
-        write_text(marker, json.dumps(content, indent=1) + "\n")
+    return False
+
+
+@contextmanager
+def _using(folder: Path) -> Iterator[None]:
+    """One line for what is wrong with a folder for results."""
+    try:
+        yield
+    except InputError:
+        raise
     except (OSError, ValueError, AttributeError) as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(f"cannot use {folder} for results: {error}") from None
 
 
@@ -146,11 +165,24 @@ def choose(trials: Sequence[Trial]) -> dict[str, float]:
     return {arm: trial.rho for arm, trial in best.items()}
 
 
-class _Plan:
+class Plan:
     """Jobs of a comparison."""
 
     def __init__(self, config: CompareConfig, measure: MeasureConfig, content: dict[str, str]) -> None:
         self.config, self.measure, self.content = config, measure, content
+
+    @property
+    def study_id(self) -> str:
+        """Name of the comparison: hash of all that its runs are named after."""
+        return self.config.digest(self.content | {"measure": json.dumps(asdict(self.measure))})
+
+    @property
+    def default_folder(self) -> Path:
+        return Path("results") / f"compare-{self.study_id[:8]}"
+
+    def chosen(self, trials: Sequence[Trial]) -> dict[str, float]:
+        """The radius of each arm that has one; of an arm with several, once they were tried."""
+        return {arm.name: arm.rho[0] for arm in self.config.arms if len(arm.rho) == 1} | choose(trials)
 
     def job(self, arm: Arm, rho: float, seed: int, *, tuning: bool) -> Job:
         run = self.config.run(arm, rho=rho, seed=seed, tuning=tuning)
@@ -172,6 +204,23 @@ class _Plan:
 
     def sweep(self) -> list[Job]:
         return [job for arm in self.config.arms for rho in arm.rho for job in self.report(arm, rho)]
+
+
+def prepare(config: CompareConfig, measure: MeasureConfig) -> Plan:
+    """Check what can be checked before any run, and name all that the runs depend on; nothing is written.
+
+    Raises:
+        InputError: see :func:`check_arms`.
+    """
+    data = load_cached(config.data)
+    check_arms(config)  # imports the user's own model, whose source is part of the content
+    content = content_digests(
+        [arm.mask for arm in config.arms],
+        config,
+        data.digest,
+        methods=sorted({arm.method for arm in config.arms if arm.method} | {config.method}),
+    )
+    return Plan(config, measure, content)
 
 
 def compare(
@@ -200,18 +249,10 @@ def compare(
     """
     measure, policy = measure or MeasureConfig(), policy or Policy()
     executor = executor or LocalExecutor(1)
-    data = load_cached(config.data)
-    check_arms(config)  # imports the user's own model, whose source is part of the content
-    content = content_digests(
-        [arm.mask for arm in config.arms],
-        config,
-        data.digest,
-        methods=sorted({arm.method for arm in config.arms if arm.method} | {config.method}),
-    )
-    study_id = config.digest(content | {"measure": json.dumps(asdict(measure))})
-    folder = folder or Path("results") / f"compare-{study_id[:8]}"
-    open_folder(folder, config, measure, study_id)
-    plan = _Plan(config, measure, content)
+    plan = prepare(config, measure)
+    folder = folder or plan.default_folder
+    policy.check(config.data, folder / "runs")
+    open_folder(folder, config, measure, plan.study_id)
     try:
         with Runner(folder / "runs", executor, policy) as runner:
             tuning = plan.tuning()
@@ -219,7 +260,7 @@ def compare(
             trials = tuple(
                 trial_of(arm, rho, [done[job.run_id] for job in jobs]) for (arm, rho), jobs in tuning.items()
             )
-            chosen = {arm.name: arm.rho[0] for arm in config.arms if arm.rho} | choose(trials)
+            chosen = plan.chosen(trials)
             report = {arm.name: plan.report(arm, chosen.get(arm.name, 0.0)) for arm in config.arms}
             done = runner.run([job for jobs in report.values() for job in jobs], "comparing")
             rest = [job for job in plan.sweep() if job.run_id not in done] if sweep else []
@@ -240,7 +281,7 @@ def trial_of(arm: str, rho: float, records: Sequence[RunRecord]) -> Trial:
 
 def predicted_costs(comparison: Comparison) -> dict[str, float | None]:
     """Cost of a step of every arm relative to the base optimizer, from counted operations of the final masks, mean
-    over seeds."""
+    over seeds and over the steps in and outside the arm's window; None where it cannot be counted."""
     config = comparison.config
     first = config.run(config.arms[0], rho=0.0, seed=config.first_seed, tuning=False)
     data = load_cached(config.data)
@@ -250,7 +291,7 @@ def predicted_costs(comparison: Comparison) -> dict[str, float | None]:
     }
     # Masks that touch the same tensors cost the same.
     sets = {str(i): names for i, names in enumerate(set().union(*final.values()))}
-    costs = step_costs(initial_model(first, data), data.x[:2], sets, every_gradient=config.norm_scope == "full")
+    costs = step_costs(initial_model(first, data), data.first(2), sets, every_gradient=config.norm_scope == "full")
     by_set = {names: costs[key] for key, names in sets.items()}
     out: dict[str, float | None] = {}
     for arm in config.arms:
@@ -263,6 +304,11 @@ def predicted_costs(comparison: Comparison) -> dict[str, float | None]:
             out[arm.name] = _mean_or_none([by_set[names] for names in final[arm.name]])
         else:  # how its passes divide into restricted and full ones is not known here
             out[arm.name] = None
+        if "trainable" in arm.settings:  # the counts above are of the comparison's trainable parameters
+            out[arm.name] = None
+        elif (cost := out[arm.name]) is not None:
+            window = run.window()
+            out[arm.name] = 1 + (cost - 1) * sum(epoch in window for epoch in range(run.epochs)) / run.epochs
     return out
 
 

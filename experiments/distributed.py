@@ -15,14 +15,17 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from typing import Any, TextIO, TypeVar
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
@@ -105,6 +108,36 @@ class _End:
     refused: bool
 
 
+def attempt(store: Store, rank: int, size: int) -> str:
+    """A name that these processes alone agree on, as torchrun keeps its store, and what was said in it, when it starts
+    failed processes again.
+
+    Each rank asks rank 0 under a name of its own, which no earlier process answers to. (torchrun's count of restarts
+    will not do: machines count their own.)
+
+    Raises:
+        RuntimeError: the others did not come within :data:`_MEET`.
+    """
+    own = uuid4().hex
+    if rank:
+        store.set(f"sam-masks/asks/{rank}", own)
+        name = store.get(f"sam-masks/answer/{own}").decode()
+        store.set(f"{name}/{rank}", "")
+        return name
+    waiting, until = {*range(1, size)}, time.monotonic() + _MEET.total_seconds()
+    while waiting:
+        for other in sorted(waiting):
+            asks = f"sam-masks/asks/{other}"
+            if store.check([f"{own}/{other}"]):
+                waiting.remove(other)
+            elif store.check([asks]):
+                store.set(f"sam-masks/answer/{store.get(asks).decode()}", own)
+        if waiting and time.monotonic() > until:
+            raise RuntimeError(f"no word of rank {min(waiting)}")
+        time.sleep(_POLL_SECONDS / 4)
+    return own
+
+
 class Team:
     """The processes that train one model together, seen from one of them. All methods but those named below must be
     called by every rank, in the same order.
@@ -121,8 +154,8 @@ class Team:
     def __init__(self, place: Place) -> None:
         self.place, self.rank, self.size = place, place.rank, place.size
         try:
-            self._store, *_ = next(rendezvous("env://", timeout=_MEET))
-            dist.init_process_group("gloo", store=self._store, rank=self.rank, world_size=self.size, timeout=_WAIT)
+            # Not in this thread, in which Python hears signals only between calls.
+            self._store = ThreadPoolExecutor(1).submit(self._meet).result()
             self._listener = self._store.clone()
         except (RuntimeError, ValueError) as error:
             where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
@@ -132,6 +165,12 @@ class Team:
         self._lock = threading.Lock()
         self._left = threading.Event()
         threading.Thread(target=self._watch, daemon=True).start()
+
+    def _meet(self) -> Store:
+        store, *_ = next(rendezvous("env://", timeout=_MEET))
+        store = PrefixStore(attempt(store, self.rank, self.size), store)
+        dist.init_process_group("gloo", store=store, rank=self.rank, world_size=self.size, timeout=_WAIT)
+        return store
 
     @property
     def leads(self) -> bool:
@@ -356,7 +395,7 @@ def together(place: Place, work: Callable[[], int], ending: Callable[[BaseExcept
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)  # launchers send it to all once one has ended
                 line, code = ending(error)
                 if team is None:
-                    print(line, file=stderr, flush=True)
+                    print(line, file=stderr if place.local_rank == 0 else nowhere, flush=True)
                 elif team.is_first(error, line, code):
                     print(line, file=stderr, flush=True)
                     team.dismiss()

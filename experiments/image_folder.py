@@ -21,6 +21,7 @@ SUFFIXES = frozenset((".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", "
 
 GREY = frozenset(("1", "L", "LA"))
 """Modes of grey images, as Pillow calls them."""
+_LASTING = FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError
 
 
 def list_folder(spec: str, root: Path) -> tuple[list[str], list[Array], list[str]]:
@@ -112,7 +113,9 @@ def opened(spec: str, path: Path) -> Iterator[Image]:
     """An image file, of which only the header has been read.
 
     Raises:
-        InputError: what is done inside finds that it cannot be read, or it has more than 8 bits per channel.
+        InputError: what is done inside finds that it is damaged, gone or not to be read by this user, or it has more
+            than 8 bits per channel.
+        OSError: reading failed otherwise (a file system's EIO or ESTALE), and may succeed another time.
     """
     from PIL import Image
 
@@ -124,6 +127,9 @@ def opened(spec: str, path: Path) -> Iterator[Image]:
     except InputError:
         raise
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # SyntaxError: broken PNG
+        # Pillow's own errors have no number.
+        if isinstance(error, OSError) and error.errno is not None and not isinstance(error, _LASTING):
+            raise OSError(error.errno, f"{spec}: cannot read {path}: {error.strerror}") from None
         raise InputError(f"{spec}: {path} is not a readable image ({error})") from None
 
 

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from experiments.executors.base import Executor
 from experiments.record import RunRecord
 from experiments.store import Store
+from experiments.tensorboard import check_board
 from experiments.worker import Job, Outcome, Task, raise_interrupted
 from masks.errors import InputError
 
@@ -42,7 +43,7 @@ class Policy:
         tensorboard: folder in which every run has one of its own for TensorBoard; None for none.
 
     Raises:
-        InputError: a negative number of workers.
+        InputError: a negative number.
     """
 
     device: str = "auto"
@@ -55,8 +56,27 @@ class Policy:
     tensorboard: Path | None = None
 
     def __post_init__(self) -> None:
-        if self.workers < 0:
-            raise InputError(f"workers must be at least 0, got {self.workers}")
+        for name in ("retries", "checkpoint_epochs", "checkpoint_minutes", "workers"):
+            if not getattr(self, name) >= 0:  # nor NaN
+                raise InputError(f"{name} must be at least 0, got {getattr(self, name)}")
+
+    def check(self, data: str, *runs: Path) -> None:
+        """Refuse, before any work, what these runs have no use for or could be harmed by.
+
+        Args:
+            data: what they are trained on.
+            runs: folders in which they are kept.
+
+        Raises:
+            InputError: workers for images in memory; see also :func:`experiments.tensorboard.check_board`.
+        """
+        if self.workers and not data.startswith("stream:"):
+            raise InputError(
+                f"workers has no effect with data {data}, whose images are in memory; leave it out, or give "
+                "stream:DIR@SIZE"
+            )
+        if self.tensorboard is not None:
+            check_board(self.tensorboard, runs)
 
 
 class Runner:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from experiments.measure import MeasureConfig
 from experiments.record import RunRecord, content_digests, file_digest
 from experiments.resume import Interrupted
 from experiments.runner import Policy, RunFailed
-from experiments.store import RESULT, read_run
+from experiments.store import PARTIAL, RESULT, WORK, check_writable, read_run
 from experiments.worker import STOP, Job, Outcome, Task, assist, raise_interrupted, work
 from masks.errors import InputError
 
@@ -56,7 +55,7 @@ def train_one(
     policy = policy or Policy()
     config, run_id = identified(config, init, policy, team)
     folder = folder or default_folder(run_id)
-    check_folder(folder, run_id)
+    check_places(folder, run_id, config, policy)
     place = folder.resolve()
     made = not place.parent.exists()
     job = Job(run_id, config.mask, config, MEASURE, 1.0, init, True, place.name)
@@ -117,20 +116,23 @@ def _task(job: Job, store: Path, policy: Policy) -> Task:
     )
 
 
-def check_folder(folder: Path, run_id: str) -> None:
-    """Refuse, before the work is done, a folder that holds something else or that cannot be made or written to."""
+def check_places(folder: Path, run_id: str, config: RunConfig, policy: Policy) -> None:
+    """Refuse, before the work is done, a folder that holds something else or that cannot be made or written to.
+
+    Raises:
+        InputError: it is one; see also :meth:`experiments.runner.Policy.check`.
+    """
     place = folder.resolve()
-    there = next(path for path in (place, *place.parents) if path.exists())
     try:
-        others = there == place and any(there.iterdir())
+        others = place.exists() and any(place.iterdir())
     except OSError as error:
         raise InputError(f"cannot use {folder} for results: {error.strerror or error}") from None
     if others and not _may_be(place, run_id):
         raise InputError(f"{folder} holds something else than run {run_id}; choose another folder with --out")
     if Path.cwd().is_relative_to(place):
         raise InputError(f"cannot use {folder} for results: it is the current folder; name one in it with --out")
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise InputError(f"cannot use {folder} for results: {there} is not a folder that can be written to")
+    check_writable(folder, "results")
+    policy.check(config.data, *(place.with_name(place.name + kind) for kind in ("", WORK, PARTIAL)))
 
 
 def _may_be(folder: Path, run_id: str) -> bool:

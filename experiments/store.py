@@ -89,9 +89,8 @@ class Store:
     # -- reading --------------------------------------------------------------------------------------------
 
     def is_complete(self, name: str) -> bool:
-        """Whether there is a record, damaged or not; an empty folder is none."""
-        path = self.folder / name
-        return path.is_dir() and any(os.scandir(path))
+        """Whether there is a record, damaged or not; a folder that holds something else is none."""
+        return (self.folder / name / RESULT).is_file()
 
     def read(self, name: str, *, config: dict[str, Any] | None = None) -> RunRecord | None:
         """The record of a completed run, or None where there is none.
@@ -153,7 +152,7 @@ class Store:
             write_text(self.folder / (name + WORK) / _FAILURE, json.dumps(asdict(failure), indent=1) + "\n")
 
     def set_aside(self, name: str) -> Path:
-        """Rename a damaged record whose lock is held, so that nothing is lost; returns where it went."""
+        """Rename what is in the place of a run whose lock is held, so that nothing is lost; returns where it went."""
         n = 1
         while (aside := self.folder / f"{name}{DAMAGED}{n}").exists():
             n += 1
@@ -164,7 +163,8 @@ class Store:
     def complete(
         self, name: str, record: RunRecord, attempts: int, *, files: Callable[[Path], None] | None = None
     ) -> None:
-        """Keep the record of the run whose lock is held: written to the side, then renamed.
+        """Keep the record of the run whose lock is held: written to the side, then renamed. What stands in its place
+        and is no record is set aside.
 
         Args:
             name: of its folder.
@@ -189,6 +189,8 @@ class Store:
                 if files is not None:
                     files(aside)
                 write_run(aside, record, telemetry)
+                if not self.is_complete(name) and (self.folder / name).exists():
+                    self.set_aside(name)
                 os.rename(aside, self.folder / name)
         except InputError:
             shutil.rmtree(aside, ignore_errors=True)
@@ -236,7 +238,7 @@ def completed(folder: Path) -> list[str]:
     if not folder.is_dir():
         return []
     with os.scandir(folder) as entries:
-        return sorted(entry.name for entry in entries if entry.is_dir() and is_run(entry.name))
+        return sorted(entry.name for entry in entries if is_run(entry.name) and Store(folder).is_complete(entry.name))
 
 
 def is_run(name: str) -> bool:
@@ -275,6 +277,18 @@ def _write_synced(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
+
+
+def check_writable(folder: Path, what: str) -> None:
+    """Refuse, before anything is made, a folder that can neither be written to nor be made.
+
+    Raises:
+        InputError: it is one; ``what`` says what it was to be used for.
+    """
+    place = folder.resolve()
+    there = next(path for path in (place, *place.parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise InputError(f"cannot use {folder} for {what}: {there} is not a folder that can be written to")
 
 
 @contextmanager

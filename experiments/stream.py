@@ -104,8 +104,8 @@ class FileImages:
         )
         mean, std = (values[:, None, None].to(self.device) for values in (self.mean, self.std))
         for pixels, error in loader:
-            if error:
-                raise InputError(error)
+            if error is not None:
+                raise error
             x = pixels.to(self.device, non_blocking=True).permute(0, 3, 1, 2)
             x = x.to(torch.float32, memory_format=self.memory_format)
             yield x.div_(255).sub_(mean).div_(std)
@@ -149,22 +149,22 @@ class FileImages:
         return self.digest
 
 
-class _Decoder(Dataset[tuple[Tensor, str]]):
-    """Batches of pixels, uint8, n x H x W x C, by ids and epoch; with an error's line instead of an exception, which
+class _Decoder(Dataset[tuple[Tensor, Exception | None]]):
+    """Batches of pixels, uint8, n x H x W x C, by ids and epoch; with an error that is returned and not raised, as it
     would lose its type and gain a stack trace on its way from another process."""
 
     def __init__(self, images: FileImages) -> None:
         self._images = images
 
-    def __getitem__(self, index: tuple[Array, int]) -> tuple[Tensor, str]:
+    def __getitem__(self, index: tuple[Array, int]) -> tuple[Tensor, Exception | None]:
         ids, epoch = index
         pixels = torch.empty(len(ids), self._images.size, self._images.size, self._images.channels, dtype=torch.uint8)
         try:
             for row, i in zip(pixels.numpy(), ids.tolist(), strict=True):
                 row[:] = self._decoded(i, epoch)
-        except InputError as error:
-            return torch.empty(0, dtype=torch.uint8), str(error)
-        return pixels, ""
+        except (InputError, OSError) as error:
+            return torch.empty(0, dtype=torch.uint8), error
+        return pixels, None
 
     def _decoded(self, i: int, epoch: int) -> Array:
         images = self._images

@@ -91,7 +91,7 @@ class Trained:
         split: its data.
         history: per epoch.
         builds: per building of the mask.
-        val_accuracy: after the last epoch.
+        val_accuracy: after the last epoch; NaN without validation images, and in processes that do not lead.
         skipped_steps: steps with a non-finite gradient.
         train_seconds: processor seconds of training, mask building included, measurements along the way not.
         mask_seconds: processor seconds of mask building.
@@ -268,8 +268,10 @@ class Training:
         return self.team.shard(self.augment(whole))
 
     def _loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+            logits = self.net(batch[0])
         smoothing = self.config.label_smoothing
-        return F.cross_entropy(self.net(batch[0]), batch[1], reduction="none", label_smoothing=smoothing)
+        return F.cross_entropy(logits.float(), batch[1], reduction="none", label_smoothing=smoothing)
 
     def _end_epoch(self) -> None:
         means = torch.stack(self.stats).mean(0)
@@ -450,8 +452,9 @@ def train_run(
         training = Training(placed(config, team).resolved(), device, initial, observer, workers, team, board)
         _train(training, checkpoints)
     model, split = training.model.eval(), training.split
-    right = correct(model, split.val_images.to(device), split.val_y)
-    accuracy = right.double().mean().item() if len(right) else math.nan
+    accuracy = math.nan
+    if len(split.val_y) and (team is None or team.leads):
+        accuracy = correct(model, split.val_images.to(device), split.val_y).double().mean().item()
     if board is not None:
         board.accuracy(training.steps, accuracy)
     return Trained(
@@ -532,6 +535,7 @@ def result_of(trained: Trained) -> dict[str, Any]:
         "train_images": len(trained.split.train_y),
         "val_images": len(trained.split.val_y),
         "test_images": len(trained.split.test_y),
+        **({"measured_in": "float32"} if trained.config.precision != "float32" else {}),
         **_standardised_by(trained.split),
     }
 

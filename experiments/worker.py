@@ -208,9 +208,9 @@ def _attempt(task: Task, folder: Path, notes: list[str], team: Team | None) -> t
         notes=notes,
     )
     try:
-        with nullcontext() if task.board is None else Board(task.board) as board:
+        with nullcontext() if task.board is None else Board(task.board, notes) as board:
             record, files = execute(job, device, checkpoints, task.workers, team=team, board=board)
-        store.complete(job.name, record, attempt, files=files)
+            store.complete(job.name, record, attempt, files=files)
     except (InputError, Interrupted):
         raise
     except Exception as error:

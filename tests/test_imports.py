@@ -14,7 +14,7 @@ OWN = {"masks", "sam", "analysis", "experiments", "tests", "benchmarks"}
 ALLOWED = {
     "masks": {"masks", "torch", "numpy"},
     "sam": {"sam", "masks", "torch"},
-    "analysis": {"analysis", "masks", "sam.perturbation", "torch", "numpy", "scipy", "pandas"},
+    "analysis": {"analysis", "masks", "sam.perturbation", "torch", "numpy", "scipy", "pandas", "matplotlib"},
 }
 
 

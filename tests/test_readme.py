@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import sys
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -15,13 +14,14 @@ from analysis import PRIMARY, seeds_needed
 from experiments.config import CompareConfig
 from experiments.measure import MeasureConfig
 from masks import Budget, MaskContext, build_mask, mask_info, registry
+from tests import documents
+from tests.documents import ROOT, understood
 
-ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", TEXT, flags=re.DOTALL)
+    return documents.blocks(TEXT, language)
 
 
 @pytest.fixture
@@ -88,18 +88,11 @@ def test_the_plugin_of_the_readme_keeps_the_contract(plugin: ModuleType) -> None
 
 
 def test_the_commands_about_flatness_are_ones_that_the_command_line_understands() -> None:
-    from experiments.cli import build_parser
-
-    lines = "".join(blocks("sh")).split("\n")
-    commands = [part for line in lines for part in line.split(" && ") if part]
-    assert [command.split()[:2] for command in commands] == [
+    commands = documents.commands(blocks("sh"))
+    assert [words[:2] for words in commands] == [
         [".venv/bin/sam-masks", name] for name in ("compare", "verdict", "train", "analyze")
     ]
-    found = []
-    for command in commands:
-        words = [re.sub(r"^(--\w+)-(\w+)", r"\1_\2", word) for word in command.split()[1:]]
-        found.append(build_parser().parse_args(words))
-    compare, verdict, train, analyze = (one[one.command] for one in found)
+    compare, verdict, train, analyze = map(understood, commands)
     # Each goes on from what the one before has made, and the verdict finds its primary metric.
     assert compare.out == verdict.folder
     assert analyze.checkpoint == f"{train.out}/checkpoint.pt"
@@ -129,7 +122,7 @@ def test_commands_options_and_models_that_are_named_exist() -> None:
     from experiments.models import list_models
 
     commands = next(action.choices for action in build_parser()._actions if isinstance(action.choices, dict))
-    for command, rest in re.findall(r"`sam-masks (\w+)([^`\n]*)`", TEXT):
+    for command, rest in re.findall(r"`sam-masks ([\w-]+)([^`\n]*)`", TEXT):
         known = {option for action in commands[command]._actions for option in action.option_strings}
         for option in re.findall(r"--[\w-]+", rest):
             assert option.replace("-", "_").replace("__", "--", 1) in known, (command, option)

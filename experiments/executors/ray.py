@@ -40,13 +40,13 @@ class RayExecutor(Executor):
         handler = signal.getsignal(signal.SIGTERM)
         try:
             if not ray.is_initialized():
-                ray.init(address=address, log_to_driver=False, include_dashboard=False, logging_level="error")
+                self._ray.init(address=address, log_to_driver=False, include_dashboard=False, logging_level="error")
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise InputError(f"no Ray cluster at {address}: {' '.join(str(error).split())}") from None
         finally:
             if signal.getsignal(signal.SIGTERM) is not handler:  # Ray sets its own, which ends without a word
                 signal.signal(signal.SIGTERM, handler)
-        have = ray.cluster_resources()
+        have = self._ray.cluster_resources()
         for name, asked in (("CPU", cpus), ("GPU", gpus)):
             if asked > have.get(name, 0):
                 raise InputError(f"a run asks for {asked:g} {name}s, the Ray cluster has {have.get(name, 0):g}")

@@ -381,7 +381,10 @@ def test_an_interruption_is_one_line_and_code_130(monkeypatch: pytest.MonkeyPatc
 
 # -- help ---------------------------------------------------------------------------------------------------
 
-COMMANDS = ("compare", "train", "masks", "methods", "presets", "analyze", "verdict")
+COMMANDS = (
+    *("compare", "ablate", "train", "masks", "methods", "presets"),
+    *("analyze", "report", "verdict", "new-mask", "doctor"),
+)
 
 
 @pytest.mark.parametrize("command", [None, *COMMANDS])
@@ -532,7 +535,8 @@ def test_compare_prints_the_table_that_it_keeps(in_folder: Path, capsys: Output,
     assert [line["arm"] for line in found["arms"]] == ["none", "norm", "random"]
     assert found["folder"] == "o"
     assert {path.name for path in Path("o").iterdir()} == {
-        *("report.html", "runs", "runs.csv", "study.json", "table.csv", "trials.csv")
+        *("figures", "mask_layers.csv", "mask_overlap.csv", "report.html", "report.md", "runs", "runs.csv"),
+        *("study.json", "table.csv", "table.tex", "training.csv", "trials.csv", "verdict.csv"),
     }
     assert len(list(Path("o/runs").iterdir())) == 2 * 2 + 3 * 2
     text = printed(command, capsys)  # reads the records
@@ -662,6 +666,7 @@ def test_compare_shows_progress_unless_told_not_to(
     assert main([*COMPARE, "--masks=norm", "--rho-grid=1"]) == 0
     err = capsys.readouterr().err
     assert "comparing: 100%" in err
+    assert "\x1b" not in err  # no colours
     assert "choosing rho" not in err  # there is nothing to choose
 
 
@@ -722,10 +727,10 @@ def test_a_failing_run_is_exit_code_1_and_one_line(
 ) -> None:
     original = worker.execute
 
-    def fail(job: worker.Job, *arguments: Any) -> Any:
+    def fail(job: worker.Job, *arguments: Any, **options: Any) -> Any:
         if job.arm == "norm":
             raise ArithmeticError("a\nb")
-        return original(job, *arguments)
+        return original(job, *arguments, **options)
 
     monkeypatch.setattr(worker, "execute", fail)
     assert main([*COMPARE, "--masks=norm", "--rho-grid=1", "--quiet", "--out=o"]) == 1

@@ -149,7 +149,7 @@ def test_a_worker_process_gives_bitwise_what_this_process_gives(comparison: Comp
 def test_a_second_call_makes_no_run_and_finds_the_same(
     comparison: Comparison, serial: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker, "execute", lambda *_: pytest.fail("a run was made again"))
+    monkeypatch.setattr(worker, "execute", lambda *_, **__: pytest.fail("a run was made again"))
     before = {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in comparison.folder.rglob("*.json")}
     assert again(comparison) == comparison
     assert before == {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in comparison.folder.rglob("*.json")}
@@ -253,7 +253,7 @@ def test_the_default_folder_is_named_after_the_comparison(
     assert len(list((one / "runs").iterdir())) == 4
 
 
-def fake_run(job: Job, *_: Any) -> Made:
+def fake_run(job: Job, *_: Any, **__: Any) -> Made:
     result = {"val_accuracy": 0.5, "diverged": None, "mask_builds": [], "history": []}
     return RunRecord(job.run_id, job.arm, asdict(job.config), result, {}, {}), lambda folder: None
 
@@ -282,7 +282,7 @@ BAD: dict[str, dict[str, Any]] = {
 def test_what_cannot_be_had_is_refused_before_any_run_and_leaves_nothing(
     tiny_comparison: Make, in_folder: Path, message: str, serial: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker, "execute", lambda *_: pytest.fail("a run was started"))
+    monkeypatch.setattr(worker, "execute", lambda *_, **__: pytest.fail("a run was started"))
     changes = dict(BAD[message])
     if "masks" in changes:
         changes["rho_grid"] = "0.1,0.2"
@@ -309,11 +309,11 @@ def test_a_failing_run_keeps_the_others_and_is_made_by_the_next_call(
     config = tiny_comparison(arms=(Arm("none", "none"), Arm("norm", "norm", (0.1,))), seeds=2)
     made: list[Job] = []
 
-    def sometimes(job: Job, *rest: Any) -> Made:
+    def sometimes(job: Job, *rest: Any, **options: Any) -> Made:
         made.append(job)
         if fail and job.arm == "norm" and job.config.seed == 1:
             raise RuntimeError("out of luck")
-        return execute(job, *rest)
+        return execute(job, *rest, **options)
 
     monkeypatch.setattr(worker, "execute", sometimes)
     fail = True
@@ -385,7 +385,7 @@ def test_predicted_costs_are_of_what_the_masks_touch(comparison: Comparison) -> 
 
 
 def test_long_runs_start_first(comparison: Comparison) -> None:
-    plan = module._Plan(comparison.config, comparison.measure, {})
+    plan = module.Plan(comparison.config, comparison.measure, {})
     cost = {arm.name: plan.report(arm, 0.1)[0].cost for arm in comparison.config.arms}
     assert cost["none"] < cost["none_2x"] == cost["all"] == cost["norm"] < cost["fisher"]
 
@@ -394,7 +394,7 @@ def test_runs_are_named_after_all_that_they_depend_on(comparison: Comparison) ->
     arm = comparison.config.arms[4]
 
     def name(content: str = "d", rho: float = 0.1, tuning: bool = False, **measured: Any) -> str:
-        plan = module._Plan(comparison.config, replace(comparison.measure, **measured), {"data": content})
+        plan = module.Plan(comparison.config, replace(comparison.measure, **measured), {"data": content})
         return plan.job(arm, rho, 0, tuning=tuning).run_id
 
     names = [name(), name("e"), name(rho=0.2), name(images=65), name(sharpness_rho=0.3), name(tuning=True)]

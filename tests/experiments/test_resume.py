@@ -99,6 +99,7 @@ CASES: dict[str, dict[str, Any]] = {
     "warm-up and clipping": {"warmup": 1, "clip_grad_norm": 0.5, "rho_min": 0.1, "mask": "all"},
     "augmented": {"augment": "crop+flip+cutout=2", "mask": "all"},
     "perturbed in the second epoch": {"sam_epochs": "1..2", "mask": "all"},
+    "bf16": {"precision": "bf16", "mask": "norm"},
 }
 
 
@@ -147,7 +148,7 @@ def test_a_resumed_run_does_only_what_is_left(
 ) -> None:
     config, done = tiny(width=None), []
     step = Training._step
-    monkeypatch.setattr(Training, "_step", lambda self, index: (done.append(self.step), step(self, index)))
+    monkeypatch.setattr(Training, "_step", lambda self, *batch: (done.append(self.step), step(self, *batch)))
     checkpoints = Checkpointing(tmp_path / "c.pt", stop=stop_after(6))
     with pytest.raises(Interrupted):
         train_run(config, CPU, checkpoints=checkpoints)

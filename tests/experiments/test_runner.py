@@ -217,3 +217,10 @@ def test_a_run_here(tiny: Tiny, measured: MeasureConfig) -> None:
     assert report.config == asdict(config.resolved())
     assert 0 < report.telemetry["mask_seconds"] < report.telemetry["train_seconds"]
     assert report.telemetry["measure_seconds"] > 0
+
+
+@pytest.mark.parametrize("name", ["retries", "checkpoint_epochs", "checkpoint_minutes", "workers"])
+@pytest.mark.parametrize("value", [-1, float("nan")])
+def test_a_policy_has_no_negative_numbers(name: str, value: float) -> None:
+    with pytest.raises(InputError, match=f"{name} must be at least 0, got {value}"):
+        Policy(**{name: value})

@@ -75,11 +75,11 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(
     config = tiny(mask="random", epochs=3)
     step, calls, asked = Training._step, [], list[signal.Signals]()
 
-    def asked_to_stop(self: Training, index: torch.Tensor) -> None:
+    def asked_to_stop(self: Training, *batch: torch.Tensor) -> None:
         calls.append(None)
         if len(calls) == 4 and asked:
             signal.raise_signal(asked.pop())
-        step(self, index)
+        step(self, *batch)
 
     monkeypatch.setattr(Training, "_step", asked_to_stop)
     train_one(config, tmp_path / "whole", policy=QUIET)
@@ -108,7 +108,7 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(
 def test_a_run_that_fails_says_why_and_keeps_its_reason(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError("a\nbug")
 
     monkeypatch.setattr("experiments.worker.execute", fail)

@@ -90,6 +90,9 @@ def test_a_store_that_is_only_read_is_not_made(tmp_path: Path) -> None:
 def test_what_is_no_record_is_refused_with_its_path(store: Store, content: str | None, name: str) -> None:
     path = keep(store)
     (path / name).unlink()
+    if (name, content) == ("result.json", None):
+        assert store.read("abc") is None
+        return
     if content is not None:
         (path / name).write_bytes(content.encode(errors="surrogateescape"))
     if (name, content) == ("telemetry.json", '{"schema": "sam-masks/run/2"}'):
@@ -117,6 +120,22 @@ def test_a_truncated_record_is_set_aside_as_often_as_needed(store: Store) -> Non
             assert store.set_aside("abc").name == f"abc.damaged-{n}"
         assert completed(store.folder) == []
     assert not store.is_complete("abc")
+
+
+def test_what_is_no_record_makes_no_run_complete_and_is_set_aside(store: Store) -> None:
+    """Another program wrote into the place of a run in progress: its checkpoint was removed, and its record lost."""
+    with store.working_on("abc") as work:
+        (work / "checkpoint.pt").write_text("")
+        (store.folder / "abc").mkdir()
+        (store.folder / "abc" / "events").write_text("curves")
+    assert work.exists()
+    assert (store.is_complete("abc"), store.read("abc"), completed(store.folder)) == (False, None, [])
+    store.prepare()
+    assert (work / "checkpoint.pt").exists()
+    keep(store)
+    assert store.read("abc") is not None
+    assert (store.folder / "abc.damaged-1" / "events").read_text() == "curves"
+    assert not work.exists()
 
 
 def test_renamed_means_complete(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

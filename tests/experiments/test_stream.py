@@ -1,5 +1,6 @@
 """Images that stay in their files, against the same images in memory and against Pillow."""
 
+import errno
 import json
 import os
 import signal
@@ -14,10 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 from scipy import stats
 
-from experiments import stream
+from experiments import build, stream
 from experiments.analyze import AnalyzeOptions, analyze
 from experiments.cli import main
 from experiments.config import RunConfig
@@ -326,6 +327,86 @@ def test_the_command_ends_with_one_line_and_the_study_keeps_why(
     assert "png is not a readable image" in error
     assert main(["train", "--data", spec, "--workers", "-1"]) == 2
     assert "workers must be at least 0, got -1" in capsys.readouterr().err
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, name: str, times: Path, number: int) -> None:
+    """Reading an image whose path ends so fails once for each line in the file ``times``, in whatever process."""
+    load = ImageFile.ImageFile.load
+
+    def read(self: ImageFile.ImageFile) -> Any:
+        if str(self.filename).endswith(name) and (left := times.read_text()):
+            times.write_text(left[1:])
+            raise OSError(number, os.strerror(number))
+        return load(self)
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", read)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
+def test_a_read_that_may_succeed_another_time_is_a_failed_run(
+    square: Path, on_files: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int, number: int
+) -> None:
+    times = tmp_path / "times"
+    times.write_text("x")
+    failing(monkeypatch, "013.png", times, number)
+    job = Job("run", "arm", on_files(f"stream:{square}@8"), None)
+    outcome = work(Task(job, tmp_path, "cpu", workers=workers))
+    assert outcome.kind == "failed"
+    assert "013.png: " + os.strerror(number) in outcome.text
+    assert "Traceback" not in outcome.text
+    failure = read_failure(tmp_path, "run")
+    assert failure is not None
+    assert failure.error == outcome.text
+    assert work(Task(job, tmp_path, "cpu", workers=workers)).kind == "done"
+
+
+@pytest.mark.slow
+def test_a_study_goes_on_after_a_read_that_failed_and_stops_at_a_damaged_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], serial: None, no_figures: None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for path in fill(tmp_path / "images").glob("*/*/*.png"):
+        with Image.open(path) as image:
+            image.resize((64, 64)).save(path.with_suffix(".jpg"))
+        path.unlink()
+    spec = f"stream:{tmp_path / 'images'}@8"
+    load_data(spec)  # of whole images
+    options = ["compare", "--data", spec, "--width", "4", "--epochs", "1", "--device", "cpu", "--quiet", "--masks=norm"]
+    options += ["--n_train=60", "--n_val=20", "--rho_grid=0.5", "--seeds=2", "--metrics=gradient_norm", "--images=40"]
+    options += ["--sharpness_m=20"]
+    times = tmp_path / "times"
+    times.write_text("xxx")
+    with monkeypatch.context() as patch:
+        failing(patch, "test/c/003.jpg", times, errno.EIO)
+        assert main([*options, "--out=a"]) == 1
+        first = capsys.readouterr().err
+        assert first.count("\n") == 1
+        assert first.startswith("sam-masks: error: 3 of 4 runs failed, the others are kept; first: ")
+        assert "test/c/003.jpg: Input/output error" in first
+        assert main(["runs", "a", "--failed"]) == 0
+        assert "Input/output error" in capsys.readouterr().out
+        times.write_text("x")
+        assert main([*options, "--out=a", "--retries=1"]) == 0
+    capsys.readouterr()
+    for path in (tmp_path / "images" / "train").glob("*/*.jpg"):
+        path.write_bytes(path.read_bytes()[:-200])  # the header is whole, and all that the first look reads
+    build.load_cached.cache_clear()
+    assert main([*options, "--out=b"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert ".jpg is not a readable image (image file is truncated" in error
+    build.load_cached.cache_clear()
+
+
+def test_workers_for_images_in_memory_are_refused(in_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("train", "compare"):
+        assert main([command, "--data=digits", "--workers=2", "--out=out"]) == 2
+        assert capsys.readouterr().err == (
+            "sam-masks: error: workers has no effect with data digits, whose images are in memory; leave it out, or "
+            "give stream:DIR@SIZE\n"
+        )
+    assert list(in_folder.iterdir()) == []
 
 
 def test_a_killed_worker_is_a_failed_run(

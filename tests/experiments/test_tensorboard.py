@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import math
+import os
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -92,6 +95,66 @@ def test_a_run_in_parts_has_each_point_once(tiny: Tiny, tmp_path: Path, monkeypa
     assert len(list(board.iterdir())) == 3
 
 
+@pytest.mark.parametrize("command", ["train", "compare"])
+def test_a_folder_for_results_alone_is_refused(
+    in_folder: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    """There it made a run look complete, whose record then had no place."""
+    (in_folder / "link").symlink_to("out")
+    boards = ["out/runs", "link/runs/board"] if command == "compare" else ["out", "link/board", "out.work/board"]
+    for board in boards:
+        for dry in ([], ["--dry_run"]):
+            assert main([command, "--device=cpu", "--out=out", f"--tensorboard={board}", *dry]) == 2
+            error = capsys.readouterr().err
+            assert error.startswith(f"sam-masks: error: tensorboard {board} lies in ")
+            assert error.endswith(", which is for results alone; choose another folder\n")
+            assert [path.name for path in in_folder.iterdir()] == ["link"]
+
+
+class Full(io.FileIO):
+    """A file on a disk that is full after some writes."""
+
+    left = 0
+
+    def write(self, data: Any) -> int:
+        Full.left -= 1
+        if Full.left < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return super().write(data)
+
+
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("writes", [0, 5])
+def test_a_full_disk_costs_the_curves_and_not_the_run(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], writes: int
+) -> None:
+    monkeypatch.setattr(Path, "open", full_for_events(Path.open))
+    Full.left = writes
+    record, folder, notes = train_one(
+        tiny(mask="norm"), tmp_path / "logged", policy=replace(QUIET, tensorboard=tmp_path / "board")
+    )
+    (board,) = (tmp_path / "board").iterdir()
+    assert notes == (f"no more curves in {board}: No space left on device; the run is not affected",)
+    assert Full.left < 0
+    assert len(list(board.iterdir())) == 1
+    found = sum(len(values) for values in points(board).values())
+    assert found == max(0, writes - 2)  # after two events that open a file
+    plain = train_one(tiny(mask="norm"), tmp_path / "plain", policy=QUIET)[1]
+    assert (folder / "result.json").read_bytes() == (plain / "result.json").read_bytes()
+    assert not (tmp_path / "logged.work").exists()
+    assert capsys.readouterr().err == ""
+    assert record.result["history"]
+
+
+def full_for_events(opened: Callable[..., Any]) -> Callable[..., Any]:
+    def chosen(path: Path, mode: str = "r", *rest: Any, **more: Any) -> Any:
+        if "tfevents" in path.name and "x" in mode:
+            return io.BufferedWriter(Full(path, mode))
+        return opened(path, mode, *rest, **more)
+
+    return chosen
+
+
 def test_the_folder_of_a_run() -> None:
     assert folder_name("vasso/random depth", "rho=0.5", "ab") == "vasso-random-depth_rho=0.5_ab"
 
@@ -100,7 +163,7 @@ def test_a_missing_package_or_folder_is_one_line(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"cannot write to .*file"):
+    with pytest.raises(InputError, match=r"cannot use .*file for TensorBoard: .*file is not a folder that can be writ"):
         train_one(tiny(), tmp_path / "a", policy=replace(QUIET, tensorboard=tmp_path / "file"))
     monkeypatch.setattr(tensorboard, "find_spec", lambda name: None)
     for command in ("train", "compare"):

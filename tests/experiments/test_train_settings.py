@@ -304,3 +304,42 @@ def test_recorded_steps_train_as_others_do(tiny: Tiny, mask: str) -> None:
     found = [train_run(tiny(cuda_graph=on, mask=mask, epochs=3), torch.device("cuda")) for on in (False, True)]
     eager, recorded = ([epoch.loss for epoch in trained.history] for trained in found)
     np.testing.assert_allclose(recorded, eager, rtol=1e-3)
+
+
+# -- precision ----------------------------------------------------------------------------------------------
+
+
+def test_bf16_is_autocast_around_the_model_alone(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products in bfloat16; loss, weights, gradients, momentum, perturbation and backup in float32."""
+    seen: list[torch.dtype] = []
+    linear, cross_entropy = F.linear, F.cross_entropy
+    monkeypatch.setattr(
+        F, "cross_entropy", lambda x, *rest, **kw: (seen.append(x.dtype), cross_entropy(x, *rest, **kw))[1]
+    )
+    products: list[torch.dtype] = []
+
+    def noted(*args: Any) -> Tensor:
+        products.append(linear(*args).dtype)
+        return linear(*args)
+
+    monkeypatch.setattr(F, "linear", noted)
+    trained = train_run(tiny(mask="norm", precision="bf16"), CPU)
+    assert seen == [torch.float32] * (2 * 2 * STEPS)  # two passes in each step of two epochs
+    assert products.count(torch.bfloat16) == len(seen)
+    assert products[-1] == torch.float32  # of the validation images
+    state = trained.sam.state
+    held = [t for p in trained.model.parameters() for t in (p, p.grad, state[p]["momentum_buffer"])]
+    assert {t.dtype for t in [*held, *trained.sam._region.save()]} == {torch.float32}
+
+
+def test_bf16_is_another_run_that_ends_near_the_first(tiny: Tiny) -> None:
+    plain, half, again = (train_run(tiny(mask="all", rho=0.1, precision=p), CPU) for p in ("float32", "bf16", "bf16"))
+    assert same_weights(half.model, again.model)
+    assert half.history == again.history
+    assert not same_weights(plain.model, half.model)
+    # Eight bits of mantissa: a relative error of 2^-9 per rounding.
+    assert half.history[0].loss == pytest.approx(plain.history[0].loss, rel=0.02)
+    assert half.history[0].loss != plain.history[0].loss
+    results = [train.result_of(trained) for trained in (plain, half)]
+    assert ["measured_in" in result for result in results] == [False, True]
+    assert results[1]["measured_in"] == "float32"
