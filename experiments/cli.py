@@ -378,7 +378,7 @@ def _values(parser: _Parser, parsed: jsonargparse.Namespace) -> dict[str, Any]:
     # A verdict imports nothing of the user's, and the doctor says itself what cannot be imported.
     if "plugin" in parsed[parsed.command] and parsed.command != "doctor":
         _load_plugins(parsed[parsed.command].plugin)
-    _refuse_nulls(parser, vars(parsed[parsed.command]))
+    _refuse_untyped(parser, vars(parsed[parsed.command]))
     values: dict[str, Any] = vars(parser.instantiate(parsed)[parsed.command])
     return values
 
@@ -389,12 +389,14 @@ def _compare_values(parser: _Parser, settings: dict[str, Any]) -> dict[str, Any]
     return _values(parser, parser.parse_object({"command": "compare", "compare": settings}))
 
 
-def _refuse_nulls(parser: _Parser, values: dict[str, Any]) -> None:
-    """The parser takes a null in a configuration file for a value of any type."""
+def _refuse_untyped(parser: _Parser, values: dict[str, Any]) -> None:
+    """The parser takes a null in a configuration file for a value of any type, and any value for a flag."""
     (commands_of,) = (action.choices for action in parser._actions if isinstance(action.choices, dict))
     for action in commands_of[parser.command]._actions:
         if action.default is not None and action.dest in values and values[action.dest] is None:
             raise UsageError(f"option {action.dest} needs a value, got null")
+        if action.dest in FLAGS and not isinstance(values.get(action.dest, False), bool):
+            raise UsageError(f"option {action.dest} is true or false, got {values[action.dest]!r}")
 
 
 def _load_plugins(names: str | None) -> None:

@@ -26,9 +26,14 @@ class MaskFileError(MaskError):
     """A mask file is truncated, damaged or not a mask file."""
 
 
+_MOST_LISTED = 24
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
-    """One line for a name that is not known, with the nearest known ones."""
+    """One line for a name that is not known, with the nearest known ones, or the first ones of them all."""
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(known) or 'none'}"
+    listed = ", ".join(known[:_MOST_LISTED]) or "none"
+    more = f", ... ({len(known)} in all)" if len(known) > _MOST_LISTED else ""
+    hint = f"did you mean {' or '.join(near)}?" if near else f"known: {listed}{more}"
     return f"unknown {kind} {name!r}; {hint}"

@@ -28,8 +28,8 @@ CLASSES: dict[str, tuple[type, ...]] = {
     "train": (RunConfig, TrainOptions),
 }
 HIDDEN = {"compare": {*DECIDED}, "train": {"tuning"}}
-FREE = {"out", "json", "quiet", "sweep"}
-"""Settings that take any text, and flags."""
+FREE = {"out"}
+"""Settings that take any text."""
 NAMES = {"data", "model", "optimizer", "mask", "match", "method", "augment", "schedule", "rule", "bias", "trainable",
          "norm_scope", "norm_statistics", "device", "executor", "sam_epochs", "metrics"}  # fmt: skip
 """Text of which only some is understood."""
