@@ -68,7 +68,10 @@ def test_surfaces_have_the_same_levels_and_their_axes():
 
 def test_a_flat_surface_can_be_drawn():
     flat = Slice("s", SURFACE.axes, ((0.0,) * 3,) * 2, {})
-    drawn(plot.slice_surfaces({"a": flat}))
+    figure = plot.slice_surfaces({"a": flat})
+    assert figure.axes[0].get_title() == "a"
+    assert figure.axes[0].collections
+    drawn(figure)
 
 
 def test_eigenvalues_have_the_bars_of_their_residuals():

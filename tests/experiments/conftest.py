@@ -12,10 +12,12 @@ import pytest
 from experiments import worker
 from experiments.compare import Comparison, compare
 from experiments.config import Arm, CompareConfig, RunConfig
+from experiments.data import ImageSet, load_data
 from experiments.executors.base import Executor
 from experiments.measure import MeasureConfig
 from experiments.runner import Policy
 from experiments.worker import Outcome, Task
+from tests.experiments.by_hand import Watch, watching
 
 TINY = {"n_train": 100, "n_val": 30, "n_test": 50, "width": 4, "epochs": 2, "batch_size": 32, "lr": 0.1}
 QUIET = Policy(device="cpu", quiet=True)
@@ -91,3 +93,14 @@ def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     for name, module in list(sys.modules.items()):
         if str(getattr(module, "__file__", None)).startswith(str(tmp_path)):
             del sys.modules[name]
+
+
+@pytest.fixture(scope="session")
+def digits() -> ImageSet:
+    return load_data("digits")
+
+
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch) -> Watch:
+    """Trains and notes what every step was given."""
+    return watching(monkeypatch)

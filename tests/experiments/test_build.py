@@ -11,7 +11,7 @@ from torch import nn
 
 from experiments.build import base_optimizer, budget_of, initial_model, prepared_method
 from experiments.config import RunConfig
-from experiments.data import ImageSet, load_data
+from experiments.data import ImageSet
 from masks import MaskSpec, ParamTable
 from masks.errors import InputError
 from sam import build_method
@@ -20,11 +20,6 @@ CPU = torch.device("cpu")
 Tiny = Callable[..., RunConfig]
 NORMS = (nn.BatchNorm2d, nn.LayerNorm)
 MODELS: list[dict[str, Any]] = [{"model": "resnet_small"}, {"model": "vit_small", "width": 16}]
-
-
-@pytest.fixture(scope="module")
-def digits() -> ImageSet:
-    return load_data("digits")
 
 
 def norm_parameters(model: nn.Module) -> set[str]:

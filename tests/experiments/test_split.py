@@ -14,11 +14,6 @@ SEEDS = range(20)
 
 
 @pytest.fixture(scope="module")
-def digits() -> ImageSet:
-    return load_data("digits")
-
-
-@pytest.fixture(scope="module")
 def own_test() -> ImageSet:
     """900 training images of three uneven classes (one in six, a third, half) and 300 of an own test split."""
     labels = torch.tensor([0, 1, 1, 2, 2, 2]).repeat(200)

@@ -18,7 +18,7 @@ from experiments import build as parts
 from experiments import train
 from experiments.build import budget_of, initial_model, load_weights, pick_device, sample_of
 from experiments.config import RunConfig
-from experiments.data import ImageSet, load_data
+from experiments.data import ImageSet
 from experiments.seeds import derive_seed
 from experiments.split import Split, make_split
 from experiments.train import number_of_steps, result_of, train_run
@@ -26,23 +26,12 @@ from masks import BuilderError, Mask, MaskContext, MaskSpec, mask_info, register
 from masks.errors import InputError
 from sam import SAM
 from sam.perturbation import Rule
-from tests.experiments.by_hand import Watch, plain_loop, same_weights, watching
+from tests.experiments.by_hand import Watch, plain_loop, same_weights
 
 CPU = torch.device("cpu")
 Tiny = Callable[..., RunConfig]
 SCORED = ["magnitude:exclude_norm=true", "fisher:exclude_norm=true", "snip", "gradient"]
 MASKS = ["none", "all", "no_norm", "norm", "random", "random_depth", *SCORED]
-
-
-@pytest.fixture(scope="module")
-def digits() -> ImageSet:
-    return load_data("digits")
-
-
-@pytest.fixture
-def watched(monkeypatch: pytest.MonkeyPatch) -> Watch:
-    """Trains and notes what every step was given."""
-    return watching(monkeypatch)
 
 
 # -- deterministic, and paired ------------------------------------------------------------------------------

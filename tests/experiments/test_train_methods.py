@@ -17,31 +17,20 @@ from torch import Tensor, nn
 
 from experiments.build import initial_model
 from experiments.config import RunConfig
-from experiments.data import ImageSet, load_data
+from experiments.data import ImageSet
 from experiments.resume import Checkpointing, Interrupted
 from experiments.seeds import derive_seed
 from experiments.split import make_split
 from experiments.train import Trained, result_of, train_run
 from masks import Mask
 from sam import SAM, MethodSpec, list_methods
-from tests.experiments.by_hand import Watch, same_weights, watching
+from tests.experiments.by_hand import same_weights
 
 CPU = torch.device("cpu")
 Tiny = Callable[..., RunConfig]
 NAMES = [info.name for info in list_methods()]
 STEPS = 4
 """Per epoch: 100 images in batches of 32."""
-
-
-@pytest.fixture(scope="module")
-def digits() -> ImageSet:
-    return load_data("digits")
-
-
-@pytest.fixture
-def watched(monkeypatch: pytest.MonkeyPatch) -> Watch:
-    """Trains and notes what every step was given."""
-    return watching(monkeypatch)
 
 
 def settings(name: str) -> dict[str, Any]:

@@ -16,30 +16,19 @@ from torch import Tensor
 from experiments import train
 from experiments.build import initial_model
 from experiments.config import RunConfig
-from experiments.data import ImageSet, load_data
+from experiments.data import ImageSet
 from experiments.measure import MeasureConfig, measure, observe
 from experiments.models import ResNetSmall
 from experiments.train import train_run
 from masks import Mask, MaskContext, ParamTable
 from masks.errors import InputError
 from sam import SAM
-from tests.experiments.by_hand import Watch, fresh, is_norm, plain_loop, same_weights, watching
+from tests.experiments.by_hand import Watch, fresh, is_norm, plain_loop, same_weights
 
 CPU = torch.device("cpu")
 Tiny = Callable[..., RunConfig]
 STEPS = 4
 """Per epoch: 100 images in batches of 32."""
-
-
-@pytest.fixture(scope="module")
-def digits() -> ImageSet:
-    return load_data("digits")
-
-
-@pytest.fixture
-def watched(monkeypatch: pytest.MonkeyPatch) -> Watch:
-    """Trains and notes what every step was given."""
-    return watching(monkeypatch)
 
 
 # -- learning rate and radius -------------------------------------------------------------------------------
