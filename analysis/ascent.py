@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from analysis.evaluation import losses, place, precision_of
 from masks.context import Batch, LossFn
 from masks.errors import InputError
-from masks.region import Region
+from masks.region import Region, like_storage
 from sam.perturbation import Rule, perturb, total_norm
 
 Check = Callable[[Tensor], None]
@@ -43,9 +43,10 @@ def checkpoints(steps: int) -> list[int]:
 class Ball:
     """The maximisation of a loss over the ball around the weights at which it was made.
 
-    Values are lists with one tensor per piece of the region, in the piece's form. Every method leaves the weights
-    bit for bit as they were, also when it raises. Every search is given a ``check`` of the losses at the weights, shape
-    (B,), which raises where they are not those of an earlier pass: the search has them anyway.
+    Points and gradients are flat vectors, the values of one piece of the region after the other, each tensor in the
+    order in which it lies in memory: a few operations on long vectors instead of many on short ones. Every method
+    leaves the weights bit for bit as they were, also when it raises. Every search is given a ``check`` of the losses at
+    the weights, shape (B,), which raises where they are not those of an earlier pass: the search has them anyway.
     """
 
     model: nn.Module
@@ -54,7 +55,8 @@ class Ball:
     rule: Rule
     rho: float
     saved: list[Tensor]
-    scales: list[Tensor | None]
+    layout: list[tuple[torch.Size, tuple[int, ...], int]]
+    scale: Tensor | None
     dtype: torch.dtype
     device: torch.device
 
@@ -62,23 +64,34 @@ class Ball:
     def at_weights(cls, model: nn.Module, loss: LossFn, region: Region, rule: Rule, rho: float) -> Ball:
         weights = region.weights()
         scales = [rule.metric.scale(p.row, p.param, w) for p, w in zip(region.pieces, weights, strict=True)]
-        return cls(model, loss, region, rule, rho, region.save(), scales, *precision_of(model))
+        layout, start = [], 0
+        for weight in weights:
+            # Laid out as the parameter is, where it fills its storage.
+            form = like_storage(weight.new_empty(weight.numel()), weight)
+            layout.append((form.shape, form.stride(), start))
+            start += weight.numel()
+        ball = cls(model, loss, region, rule, rho, region.save(), layout, None, *precision_of(model))
+        if all(scale is None for scale in scales):
+            return ball
+        full = [torch.ones_like(w) if c is None else c.expand_as(w) for c, w in zip(scales, weights, strict=True)]
+        return replace(ball, scale=ball._flat(full))
 
     def one_step(self, batch: Batch, check: Check) -> float:
         """The rise of the loss at the rule's own perturbation: one gradient and one loss."""
         batch = place(batch, self.dtype, self.device)
-        clean, gradients = self._loss_and_gradient(batch, check=check)
+        clean, gradients = self._loss_and_gradients(batch, check=check)
         return self._loss_at(batch, self._first_order(gradients)) - clean
 
     def pgd(self, batch: Batch, check: Check, steps: int, step_size: float) -> float:
         """The largest rise over w, the one-step point and the iterates: ``steps`` gradients and two losses."""
         batch = place(batch, self.dtype, self.device)
-        clean, gradients = self._loss_and_gradient(batch, check=check)
+        clean, gradients = self._loss_and_gradients(batch, check=check)
         best = max(clean, self._loss_at(batch, self._first_order(gradients)))
-        u = [torch.zeros_like(g) for g in self.region.gather(gradients)]
+        h = self._ascent(gradients)
+        u = torch.zeros_like(h)
         for step in range(1, steps + 1):
-            u = self._step(u, gradients, step_size)
-            value, gradients = self._evaluate(batch, u, last=step == steps)
+            u = self._step(u, h, step_size)
+            value, h = self._evaluate(batch, u, last=step == steps)
             best = max(best, value)
         return best - clean
 
@@ -91,44 +104,57 @@ class Ball:
         size nor the best loss changed since then. The first iterate is the one-step point.
         """
         batch = place(batch, self.dtype, self.device)
-        value, gradients = self._loss_and_gradient(batch, check=check)
+        value, gradients = self._loss_and_gradients(batch, check=check)
+        h = self._ascent(gradients)
         clean = best = best_then = value
-        u = [torch.zeros_like(g) for g in self.region.gather(gradients)]
-        best_u, best_gradients, previous = u, gradients, u
+        u = torch.zeros_like(h)
+        best_u, best_h, previous = u, h, u
         alpha, halved, rises, since = 2.0, False, 0, 0
         due = set(checkpoints(steps))
         for step in range(1, steps + 1):
-            z = self._step(u, gradients, alpha)
-            if step == 1:
-                u, previous = z, u
-            else:
-                # u + 3/4 (z - u) + 1/4 (u - previous)
-                ahead = _plus(
-                    _plus(u, _MOMENTUM, torch._foreach_sub(z, u)), 1 - _MOMENTUM, torch._foreach_sub(u, previous)
-                )
-                u, previous = self._project(ahead), u
-            before_step, (value, gradients) = value, self._evaluate(batch, u, last=step == steps)
+            z = self._step(u, h, alpha)
+            if step > 1:  # u + 3/4 (z - u) + 1/4 (u - previous)
+                ahead = torch.lerp(previous, u, 2.0)
+                z = self._project_(z.mul_(_MOMENTUM).add_(ahead, alpha=1 - _MOMENTUM))
+            u, previous = z, u
+            before_step, (value, h) = value, self._evaluate(batch, u, last=step == steps)
             rises += value > before_step
             if value > best:
-                best, best_u, best_gradients = value, u, gradients
+                best, best_u, best_h = value, u, h
             if step in due:
                 if rises < _ENOUGH_RISES * (step - since) or (not halved and best == best_then):
                     alpha, halved = alpha / 2, True
-                    value, gradients = best, best_gradients
+                    value, h = best, best_h
                     u = previous = best_u
                 else:
                     halved = False
                 best_then, rises, since = best, 0, step
         return best - clean
 
-    def _evaluate(self, batch: Batch, u: list[Tensor], *, last: bool) -> tuple[float, list[Tensor]]:
+    def _evaluate(self, batch: Batch, u: Tensor, *, last: bool) -> tuple[float, Tensor]:
         """Loss and gradient at u; at the last point only the loss."""
-        delta = self._scaled(u)
-        return (self._loss_at(batch, delta), []) if last else self._loss_and_gradient(batch, delta)
+        delta = self._pieces(u if self.scale is None else u * self.scale)
+        if last:
+            return self._loss_at(batch, delta), u.new_empty(0)
+        value, gradients = self._loss_and_gradients(batch, delta)
+        return value, self._ascent(gradients)
 
-    def _step(self, u: list[Tensor], gradients: list[Tensor], alpha: float) -> list[Tensor]:
-        """``proj(u + alpha rho d)``, d the steepest direction of norm 1."""
-        return self._project(_plus(u, alpha * self.rho, self._direction(gradients)))
+    def _step(self, u: Tensor, h: Tensor, alpha: float) -> Tensor:
+        """``proj(u + alpha rho d)``, a new tensor; d the steepest direction of norm 1, zero for a zero gradient."""
+        length = alpha * self.rho
+        if self.rule.p != 2:
+            return self._project_(torch.add(u, h.sign(), alpha=length))
+        norm = float(total_norm([h]))
+        if not norm < float("inf"):
+            raise InputError("the norm of the gradient overflows")
+        return self._project_(torch.add(u, h, alpha=length / norm) if norm > 0 else u.clone())
+
+    def _project_(self, u: Tensor) -> Tensor:
+        """In place, into the ball."""
+        if self.rule.p != 2:
+            return u.clamp_(-self.rho, self.rho)
+        norm = float(total_norm([u]))
+        return u.mul_(self.rho / norm) if norm > self.rho else u
 
     def _first_order(self, gradients: list[Tensor]) -> list[Tensor]:
         step = perturb(self.rule, self.region, gradients, self.rho)
@@ -136,24 +162,20 @@ class Ball:
             raise InputError("the norm of the gradient overflows")
         return step.values
 
-    def _scaled(self, values: list[Tensor]) -> list[Tensor]:
-        return [v if c is None else v * c for v, c in zip(values, self.scales, strict=True)]
+    def _ascent(self, gradients: list[Tensor]) -> Tensor:
+        """The gradient in u, of gradients of whole tensors."""
+        h = self._flat(self.region.gather(gradients))
+        return h if self.scale is None else h.mul_(self.scale)
 
-    def _direction(self, gradients: list[Tensor]) -> list[Tensor]:
-        """The steepest direction in u, of norm 1; zero for a zero gradient."""
-        h = self._scaled(self.region.gather(gradients))
-        if self.rule.p != 2:
-            return [t.sign() for t in h]
-        norm = float(total_norm(h))
-        if not norm < float("inf"):
-            raise InputError("the norm of the gradient overflows")
-        return list(torch._foreach_div(h, norm)) if norm > 0 else h
+    def _flat(self, values: Sequence[Tensor]) -> Tensor:
+        """The values of all pieces as one new vector."""
+        flat = torch.empty(sum(value.numel() for value in values), dtype=self.dtype, device=self.device)
+        torch._foreach_copy_(self._pieces(flat), list(values))
+        return flat
 
-    def _project(self, u: list[Tensor]) -> list[Tensor]:
-        if self.rule.p != 2:
-            return list(torch._foreach_clamp_max(torch._foreach_clamp_min(u, -self.rho), self.rho))
-        norm = float(total_norm(u))
-        return list(torch._foreach_mul(u, self.rho / norm)) if norm > self.rho else u
+    def _pieces(self, flat: Tensor) -> list[Tensor]:
+        """Its views, one per piece, laid out as the piece's values are."""
+        return [flat.as_strided(*form) for form in self.layout]
 
     @contextmanager
     def _moved(self, delta: list[Tensor] | None) -> Iterator[str]:
@@ -172,9 +194,10 @@ class Ball:
         with self._moved(delta) as where:
             return float(losses(self.model, batch, self.loss, self.dtype, where).double().mean())
 
-    def _loss_and_gradient(
+    def _loss_and_gradients(
         self, batch: Batch, delta: list[Tensor] | None = None, check: Check | None = None
     ) -> tuple[float, list[Tensor]]:
+        """The loss, and the gradient of every tensor of the region."""
         with self._moved(delta) as where:
             values = losses(self.model, batch, self.loss, self.dtype, where)
             if check is not None:
@@ -185,10 +208,13 @@ class Ball:
                     "the loss does not depend on any trainable parameter (a forward pass without gradients?)"
                 )
             gradients = list(torch.autograd.grad(mean, self.region.params, materialize_grads=True))
-        if not bool(torch.stack(torch._foreach_norm(gradients, torch.inf)).isfinite().all()):
+        if not _all_finite(gradients):
             raise InputError(f"the gradient of the loss is not finite {where}")
         return float(values.detach().double().mean()), gradients
 
 
-def _plus(u: Sequence[Tensor], factor: float, direction: Sequence[Tensor]) -> list[Tensor]:
-    return list(torch._foreach_add(list(u), torch._foreach_mul(list(direction), factor)))
+def _all_finite(tensors: Sequence[Tensor]) -> bool:
+    """A finite sum has finite terms; only where it is not (it may overflow) every entry is looked at."""
+    if bool(torch.stack([t.sum() for t in tensors]).isfinite().all()):
+        return True
+    return all(bool(t.isfinite().all()) for t in tensors)

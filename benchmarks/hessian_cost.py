@@ -20,6 +20,7 @@ from torch import nn
 
 from analysis.operator import HessianOperator
 from benchmarks.models import ResNet
+from benchmarks.profiles import explained
 from benchmarks.rows import Row, arguments, finish, start
 from experiments.timing import measure, quartiles, ratios
 from experiments.zoo.vit import ViTSmall
@@ -53,16 +54,19 @@ def run(name: str, rounds: int, seed: int = 0) -> tuple[list[Row], list[dict[str
     found = measure(steps, rounds, seed, torch.device("cpu"))
     gradient = quartiles([r["seconds"]["gradient"] for r in found])["median"]
     rows = [
-        Row(
-            f"{name}, Hessian product, {what}",
-            ratios(found, what, "gradient"),
-            "a gradient",
-            LIMITS[what],
-            AT_MOST.get((name, what)),
-            f"{operator.dimension:,} coordinates; a gradient takes {gradient * 1e3:.1f} ms",
+        explained(
+            Row(
+                f"{name}, Hessian product, {what}",
+                ratios(found, what, "gradient"),
+                "a gradient",
+                LIMITS[what],
+                AT_MOST.get((name, what)),
+                f"{operator.dimension:,} coordinates; a gradient takes {gradient * 1e3:.1f} ms",
+            ),
+            steps, what, "gradient",
         )
         for what, operator in operators.items()
-    ]
+    ]  # fmt: skip
     return rows, found
 
 

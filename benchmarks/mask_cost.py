@@ -32,8 +32,9 @@ from torch import nn
 from analysis.gradients import fisher_trace
 from benchmarks.hessian_cost import NETS as DIGIT_NETS
 from benchmarks.models import MODELS
+from benchmarks.profiles import explained
 from benchmarks.rows import Row, arguments, finish, start
-from experiments.timing import measure, quartiles, ratios
+from experiments.timing import Step, measure, quartiles, ratios
 from masks import MaskContext, build_mask, cross_entropy, top_k
 from masks.per_example import per_example_gradients
 from masks.scoring import mean_squared_gradients
@@ -82,23 +83,19 @@ def selection(n: int, rounds: int, seed: int = 0) -> tuple[list[Row], dict[str, 
             scores[torch.rand(n, generator=generator) < 0.4] = 0
         for density in DENSITIES:
             k = max(1, round(density * n))
-            found = measure(
-                {
-                    "top_k": lambda k=k: top_k(scores, k),
-                    "torch.topk": lambda k=k: torch.topk(scores, k),
-                    "reading": lambda: scores.max(),
-                },
-                rounds,
-                seed,
-                torch.device("cpu"),
-                warm_up=1,
-            )
+            variants: dict[str, Step] = {
+                "top_k": lambda k=k: top_k(scores, k),  # type: ignore[misc]
+                "torch.topk": lambda k=k: torch.topk(scores, k),  # type: ignore[misc]
+                "reading": lambda: scores.max(),
+            }
+            found = measure(variants, rounds, seed, torch.device("cpu"), warm_up=1)
             name = f"{n:.0e} scores, {kind}, density {density:g}"
             raw[name] = found
             own = quartiles([r["seconds"]["top_k"] for r in found])["median"] / n * 1e9
             limit = ratios(found, "reading", "torch.topk")["median"]
             cost = ratios(found, "top_k", "torch.topk")
-            rows.append(Row(name, cost, "torch.topk", limit, SELECTION_AT_MOST, f"{own:.1f} ns per score"))
+            row = Row(name, cost, "torch.topk", limit, SELECTION_AT_MOST, f"{own:.1f} ns per score")
+            rows.append(explained(row, variants, "top_k", "torch.topk"))
     if n >= 1_000_000:
         extra = [extra_bytes(n, k) / n for k in (n // 2000, n // 2)]
         rows.append(Row(f"{n:.0e} scores, peak memory", quartiles(extra), "n bytes", 1.0, 2.0))
@@ -138,7 +135,8 @@ def fisher(name: str, rounds: int, num_examples: int, seed: int = 0) -> tuple[li
         # SAM takes two gradients for each example of an epoch.
         share = cost["median"] * NUM_EXAMPLES / (2 * EPOCH)
         note = f"{share:.1%} of a SAM epoch of {EPOCH:,} examples" if what == "all" else ""
-        rows.append(Row(f"{name}, Fisher, {what}", cost, "the gradients", limit, at_most, note))
+        row = Row(f"{name}, Fisher, {what}", cost, "the gradients", limit, at_most, note)
+        rows.append(explained(row, variants, what, "gradients"))
     return rows, found
 
 

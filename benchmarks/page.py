@@ -2,7 +2,8 @@
 
     python -m benchmarks.page [--check]
 
-A line ``<!-- results: FILE.json -->`` in the page is followed by that file's table, up to ``<!-- end -->``.
+A line ``<!-- results: FILE.json -->`` in the page is followed by that file's table, up to ``<!-- end -->``. Under it
+stand the profiles of the rows that miss their target.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ def table(result: dict[str, Any]) -> str:
             f"| {row['what']}{note} | {found['median']:,.3f} x {row['unit']} "
             f"| {found['q1']:,.3f} to {found['q3']:,.3f} | {limit} | {target} | {verdict} |"
         )
+    lines += [""] + [_profile(row) for row in result["rows"] if row.get("profile")]
     machine = env["cpu"] if env["device"].startswith("cpu") else env["device"]
     load = ", ".join(f"{value:.1f}" for value in env["load_average"])
     lines.append(
@@ -42,6 +44,15 @@ def table(result: dict[str, Any]) -> str:
         f"the start, {result['created'][:10]}."
     )
     return "\n".join(lines)
+
+
+def _profile(row: dict[str, Any]) -> str:
+    """What takes a row that misses its target longer than its unit, as one point of a list."""
+    parts = dict(row["profile"])
+    ours, unit = parts.pop("together")
+    order = sorted(parts.items(), key=lambda item: item[1][1] - item[1][0])
+    shown = "; ".join(f"{label} {a:,.3g} ({b:,.3g})" for label, (a, b) in order)
+    return f"- {row['what']}: {ours:,.3g} ms, {row['unit']} {unit:,.3g} ms, of which {shown}"
 
 
 def filled(page: str, results: Path = RESULTS) -> str:

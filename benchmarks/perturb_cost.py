@@ -22,6 +22,7 @@ import torch
 
 from benchmarks import naive
 from benchmarks.models import MODELS
+from benchmarks.profiles import explained
 from benchmarks.rows import Row, arguments, finish, start
 from benchmarks.step_cost import losses
 from experiments.timing import WARM_UP, Step, clock, measure, ratios
@@ -84,6 +85,10 @@ def measure_moves(moves: Mapping[str, naive.Moves], one_pass: Step, rounds: int)
     return out
 
 
+def _both(there: Step, back: Step) -> Step:
+    return lambda: (there(), back())
+
+
 def main(given: list[str] | None = None) -> dict[str, Any]:
     parser = arguments("perturb_cost", "Cost of perturbing and restoring.", rounds=25)
     parser.add_argument("--model", choices=sorted(MODELS), default="resnet18_w32")
@@ -121,8 +126,12 @@ def main(given: list[str] | None = None) -> dict[str, Any]:
         rounds = [{"seconds": {what: r["seconds"][what], "sgd": step_seconds}} for r in found]
         return ratios(rounds, what, "sgd")
 
+    both = {name: _both(there, back) for name, (there, back) in moves.items()}
+    of_peers = [
+        Row("all", ratios(found, "all", name), name, at_most=OF_PEER if name == best else None) for name in others
+    ]
     rows = [
-        *(Row("all", ratios(found, "all", name), name, at_most=OF_PEER if name == best else None) for name in others),
+        *(explained(row, both, "all", row.unit) for row in of_peers),
         Row("norm", ratios(found, "norm", "norm, naive SAM-ON"), "naive SAM-ON", at_most=OF_NAIVE_NORM),
         *(Row(label, ratios(found, label, f"{label}, naive SSAM"), "naive SSAM") for label in masks),
         *(Row(what, of_step(what), "an SGD step", at_most=OF_STEP if what in list(masks)[:2] else None)

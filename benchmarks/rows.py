@@ -26,6 +26,7 @@ class Row:
         at_most: the target; None for a row that is there to compare with.
         note: what else there is to say.
         at_least: the target of what should be large.
+        profile: milliseconds by kind of operator, of it and of the unit; see :mod:`benchmarks.profiles`.
     """
 
     what: str
@@ -35,6 +36,7 @@ class Row:
     at_most: float | None = None
     note: str = ""
     at_least: float | None = None
+    profile: dict[str, tuple[float, float]] | None = None
 
     @property
     def met(self) -> bool | None:
@@ -74,6 +76,11 @@ def finish(result: dict[str, Any], rows: list[Row], rounds: dict[str, Any], file
     """Print the table; complete the result, and write it if there is a file."""
     result |= {"rows": [{**asdict(row), "met": row.met} for row in rows], "rounds": rounds}
     print(table(rows))
+    for row in rows:
+        if row.profile:
+            print(f"\n{row.what}: milliseconds, and those of {row.unit}")
+            for label, (ours, unit) in row.profile.items():
+                print(f"  {label:50}  {ours:10.3f}  {unit:10.3f}")
     if file:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(result, indent=1) + "\n")

@@ -15,6 +15,7 @@ import torch
 
 from analysis.sharpness import m_sharpness
 from benchmarks.mask_cost import NETS
+from benchmarks.profiles import explained
 from benchmarks.rows import Row, arguments, finish, start
 from experiments.timing import measure, ratios
 from masks import cross_entropy
@@ -42,7 +43,8 @@ def run(name: str, steps: int, rounds: int, seed: int = 0) -> tuple[list[Row], l
     variants = {"gradients": gradients, "apgd": sharpness}
     found = measure(variants, rounds, seed, torch.device("cpu"), warm_up=1)
     cost = ratios(found, "apgd", "gradients")
-    return [Row(f"{name}, {steps} steps of Auto-PGD", cost, f"{steps} gradients", 1.0, AT_MOST)], found
+    row = Row(f"{name}, {steps} steps of Auto-PGD", cost, f"{steps} gradients", 1.0, AT_MOST)
+    return [explained(row, variants, "apgd", "gradients")], found
 
 
 def main(given: list[str] | None = None) -> dict[str, Any]:

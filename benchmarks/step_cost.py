@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.models import CLASSIFIER, LAST_STAGE, MODELS
+from benchmarks.profiles import explained
 from benchmarks.rows import Row, arguments, finish, start
 from experiments.timing import Step, measure, quartiles, ratios
 from masks import Budget, Mask, MaskContext, Region, build_mask
@@ -123,11 +124,15 @@ def run(model_name: str, rounds: int, batch_size: int, seed: int = 0) -> tuple[l
         del at_most["last_stage"]
     milliseconds = 1e3 * quartiles([r["seconds"]["sgd"] for r in found])["median"]
     rows = [
-        Row(f"{model_name}, {LABELS[name]}", ratios(found, name, "sgd"), "SGD", limits[name], at_most.get(name))
+        explained(
+            Row(f"{model_name}, {LABELS[name]}", ratios(found, name, "sgd"), "SGD", limits[name], at_most.get(name)),
+            steps, name, "sgd",
+        )
         for name in LABELS
-    ]
+    ]  # fmt: skip
     rows[0] = replace(rows[0], note=f"SGD takes {milliseconds:.1f} ms")
-    rows.append(Row(f"{model_name}, norm", ratios(found, "norm", "all"), "all", at_most=NORM_OF_ALL_AT_MOST))
+    of_all = Row(f"{model_name}, norm", ratios(found, "norm", "all"), "all", at_most=NORM_OF_ALL_AT_MOST)
+    rows.append(explained(of_all, steps, "norm", "all"))
     for name, most in HELD_PER_ENTRY_AT_MOST.items():
         held = quartiles([bytes_per_entry(masks[name], model)])
         rows.append(Row(f"{model_name}, held by {name}", held, "byte per coordinate", 4.0, most))

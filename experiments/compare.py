@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from experiments.build import budget_of, initial_model, load_cached, split_of
@@ -50,7 +51,7 @@ class Comparison:
     """Everything that a report is made from.
 
     Attributes:
-        config: what was asked.
+        config: what was asked, with the grids as they were extended.
         measure: what was measured.
         trials: every radius that was tried.
         chosen: the radius of each arm that has one.
@@ -74,8 +75,12 @@ def open_folder(folder: Path, config: CompareConfig, measure: MeasureConfig, stu
     Raises:
         InputError: it holds something else, or cannot be written.
     """
-    if holds(folder, study_id):
-        return
+    if not holds(folder, study_id):
+        _describe(folder, config, measure, study_id)
+
+
+def _describe(folder: Path, config: CompareConfig, measure: MeasureConfig, study_id: str) -> None:
+    """Write what the folder is of: the comparison as asked for, with the grids as they are now."""
     content = {
         "schema": STUDY_SCHEMA,
         "study_id": study_id,
@@ -165,6 +170,32 @@ def choose(trials: Sequence[Trial]) -> dict[str, float]:
     return {arm: trial.rho for arm, trial in best.items()}
 
 
+def extended(config: CompareConfig, trials: Sequence[Trial]) -> CompareConfig | None:
+    """The comparison with one radius more in every grid, or None if every arm's best one lies inside its grid.
+
+    A best one at an end is followed by one beyond it, in the ratio of the last two; one inside by the geometric mean of
+    it and its better neighbour, so that all arms have as many trials.
+    """
+    best, found = choose(trials), {(trial.arm, trial.rho): trial.val_accuracy for trial in trials}
+    arms, at_edge = [], False
+    for arm in config.arms:
+        grid = sorted(arm.rho)
+        if len(grid) > 1:
+            i = grid.index(best[arm.name])
+            at_edge |= i in (0, len(grid) - 1)
+            if i == 0 and grid[0]:
+                new = grid[0] ** 2 / grid[1]
+            elif i == len(grid) - 1:
+                new = grid[-1] * (grid[-1] / grid[-2] if grid[-2] else 2)
+            else:
+                below = i > 0 and found[arm.name, grid[i - 1]] > found[arm.name, grid[i + 1]]
+                low, high = (grid[i - 1], grid[i]) if below else (grid[i], grid[i + 1])
+                new = math.sqrt(low * high) or high / 2
+            arm = replace(arm, rho=(*arm.rho, float(f"{new:.6g}")))
+        arms.append(arm)
+    return replace(config, arms=tuple(arms)) if at_edge else None
+
+
 class Plan:
     """Jobs of a comparison."""
 
@@ -252,16 +283,20 @@ def compare(
     plan = prepare(config, measure)
     folder = folder or plan.default_folder
     policy.check(config.data, folder / "runs")
-    open_folder(folder, config, measure, plan.study_id)
+    study_id = plan.study_id  # of the grids as asked for
+    open_folder(folder, config, measure, study_id)
     try:
         with Runner(folder / "runs", executor, policy) as runner:
-            tuning = plan.tuning()
-            done = runner.run([job for jobs in tuning.values() for job in jobs], "choosing rho")
-            trials = tuple(
-                trial_of(arm, rho, [done[job.run_id] for job in jobs]) for (arm, rho), jobs in tuning.items()
-            )
+            trials = _tried(plan, runner)
+            for _ in range(config.extend):
+                more = extended(plan.config, trials)
+                if more is None:
+                    break
+                _describe(folder, more, measure, study_id)
+                plan = Plan(more, measure, plan.content)
+                trials = _tried(plan, runner)
             chosen = plan.chosen(trials)
-            report = {arm.name: plan.report(arm, chosen.get(arm.name, 0.0)) for arm in config.arms}
+            report = {arm.name: plan.report(arm, chosen.get(arm.name, 0.0)) for arm in plan.config.arms}
             done = runner.run([job for jobs in report.values() for job in jobs], "comparing")
             rest = [job for job in plan.sweep() if job.run_id not in done] if sweep else []
             runner.run(rest, "sweeping rho")
@@ -269,7 +304,14 @@ def compare(
         _withdraw(folder)
         raise
     records = {arm: tuple(done[job.run_id] for job in jobs) for arm, jobs in report.items()}
-    return Comparison(config, measure, trials, chosen, records, folder, len(rest))
+    return Comparison(plan.config, measure, trials, chosen, records, folder, len(rest))
+
+
+def _tried(plan: Plan, runner: Runner) -> tuple[Trial, ...]:
+    """What every radius of the grids reached."""
+    tuning = plan.tuning()
+    done = runner.run([job for jobs in tuning.values() for job in jobs], "choosing rho")
+    return tuple(trial_of(arm, rho, [done[job.run_id] for job in jobs]) for (arm, rho), jobs in tuning.items())
 
 
 def trial_of(arm: str, rho: float, records: Sequence[RunRecord]) -> Trial:

@@ -341,6 +341,7 @@ class Arm:
 DECIDED = ("mask", "rho", "seed", "tuning", "world_size", "ascent_gradient")
 """Settings of a run that a comparison decides; its runs are of one process each."""
 _MOST_SEEDS = 10_000
+_MOST_EXTENSIONS = 12
 
 OTHER_RHO = (0.5, 1.0, 2.0, 4.0)
 """The grid of a mask that is named on the command line and is not an arm."""
@@ -377,6 +378,9 @@ class CompareConfig(RunConfig):
             and fisher keep no normalization weights), or masks as in a run.
         rho_grid: radii to choose from in every arm, separated by commas (default: those of the arm; 0.5,1,2,4
             for masks named in `masks` that are not arms).
+        extend: how many radii each arm may try beyond its grid: while the best one of some arm is the smallest or the
+            largest that it tried, every arm tries one more, beyond that end, or between the best one and its better
+            neighbour.
         seeds: number of seeds of the report.
         first_seed: the first of them; they are consecutive.
         tuning_seeds: number of seeds on which each radius is tried; other seeds than the report's.
@@ -386,6 +390,7 @@ class CompareConfig(RunConfig):
     methods: str | None = None
     masks: str | None = None
     rho_grid: str | None = None
+    extend: int = 0
     seeds: int = 8
     first_seed: int = 0
     tuning_seeds: int = 2
@@ -406,6 +411,8 @@ class CompareConfig(RunConfig):
         for name in ("seeds", "tuning_seeds"):
             if not 1 <= getattr(self, name) <= _MOST_SEEDS:
                 raise InputError(f"{name} must be from 1 to {_MOST_SEEDS}, got {getattr(self, name)}")
+        if not 0 <= self.extend <= _MOST_EXTENSIONS:
+            raise InputError(f"extend must be from 0 to {_MOST_EXTENSIONS}, got {self.extend}")
         arms = self._chosen()
         names = [arm.name for arm in arms]
         if len(set(names)) != len(names):

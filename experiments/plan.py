@@ -94,6 +94,7 @@ class StudyPlan:
     arms: tuple[ArmPlan, ...]
     processes: int | None
     estimated: str
+    extend: int = 0
 
     @property
     def seconds_left(self) -> float:
@@ -122,6 +123,7 @@ class StudyPlan:
         runs = sum(a.tuning_runs + a.report_runs for a in self.arms)
         done = sum(a.tuning_done + a.report_done for a in self.arms)
         left = duration(self.seconds_left / (self.processes or 1))
+        more = f", and up to {self.extend} radii more for every arm" if self.extend else ""
         place = f"with {self.processes} at once" if self.processes else "one after the other, on this machine"
         return "\n".join(
             [
@@ -129,7 +131,7 @@ class StudyPlan:
                 "",
                 pd.DataFrame(rows).to_string(index=False),
                 "",
-                f"{runs} runs, {done} of them done; about {left} for the others {place}",
+                f"{runs} runs, {done} of them done; about {left} for the others {place}{more}",
                 f"estimated {self.estimated}",
             ]
         )
@@ -265,7 +267,7 @@ def plan_comparison(
                 report_seconds=seconds(arm, report, tuning=False),
             )
         )
-    return StudyPlan(plan.study_id, folder, tuple(arms), processes, TIMED if timed else KEPT)
+    return StudyPlan(plan.study_id, folder, tuple(arms), processes, TIMED if timed else KEPT, config.extend)
 
 
 @dataclass(frozen=True)

@@ -417,7 +417,7 @@ def _warnings(comparison: Comparison, rows: Sequence[Row], main: int, control: i
         if row.rho_at_edge:
             out.append(
                 f"RHO AT THE EDGE: for {row.arm.name} the best of {', '.join(f'{r:g}' for r in row.arm.rho)} is "
-                f"{row.rho:g}; widen its grid before quoting its line."
+                f"{row.rho:g}; widen its grid (--extend 4) before quoting its line."
             )
         if row.diverged:
             out.append(

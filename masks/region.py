@@ -103,6 +103,13 @@ def storage_order(tensor: Tensor, like: Tensor | None = None) -> Tensor:
     return tensor.as_strided((tensor.numel(),), (1,), tensor.storage_offset())
 
 
+def like_storage(flat: Tensor, like: Tensor) -> Tensor:
+    """The inverse of :func:`storage_order`: a view of a flat tensor in the shape of ``like``, laid out as it is."""
+    if not _is_dense(like):
+        return flat.view(like.shape)
+    return flat.as_strided(like.shape, like.stride(), flat.storage_offset())
+
+
 class Region:
     """The coordinates of ``model`` that ``mask`` keeps.
 

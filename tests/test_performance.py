@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, page
+from benchmarks import gpu, growth, page, profiles
+from benchmarks.rows import Row
 
 
 def test_the_page_holds_what_the_results_say() -> None:
@@ -35,6 +36,65 @@ def test_a_changed_result_changes_the_page(tmp_path: Path) -> None:
         assert "old" not in text
         assert text.endswith("<!-- end -->\ny\n")
         assert page.filled(text, tmp_path) == text
+
+
+def test_a_row_that_misses_is_profiled_and_no_other() -> None:
+    x = torch.randn(300, 300)
+    steps = {"twice": lambda: (x @ x, x @ x, x.sin()), "once": lambda: x @ x}
+    found = {"median": 2.0, "q1": 2.0, "q3": 2.0}
+    met, untold = Row("a", found, "b", at_most=2.0), Row("a", found, "b")
+    assert profiles.explained(met, steps, "twice", "once") is met
+    assert profiles.explained(untold, steps, "twice", "once") is untold
+    parts = profiles.explained(Row("a", found, "b", at_most=1.0), steps, "twice", "once", times=3).profile
+    assert parts is not None
+    together = parts.pop("together")
+    for i in (0, 1):
+        assert sum(pair[i] for pair in parts.values()) == pytest.approx(together[i])
+    products = parts["products and convolutions"]
+    assert products[0] > 0.5 * together[0]
+    assert products[1] / products[0] == pytest.approx(1.5, rel=0.5)
+    assert "other operators, mostly elementwise" in parts
+
+
+@pytest.mark.parametrize(
+    ("operator", "kind"),
+    [
+        ("aten::addmm", "products and convolutions"),
+        ("aten::mkldnn_convolution", "products and convolutions"),
+        ("aten::convolution_backward", "products and convolutions, backward"),
+        ("aten::native_batch_norm_backward", "normalization"),
+        ("aten::topk", "selection and sorting"),
+        ("aten::_foreach_norm", "norms and sums"),
+        ("aten::clone", "copies and fresh memory"),
+        ("aten::_foreach_add_", "other operators, mostly elementwise"),
+        ("autograd::engine::evaluate_function: AddBackward0", None),
+    ],
+)
+def test_kinds_of_operators(operator: str, kind: str | None) -> None:
+    assert profiles.kind(operator) == kind
+
+
+def test_growth_on_a_small_model(tmp_path: Path) -> None:
+    file, folder = tmp_path / "growth.json", tmp_path / "figures"
+    growth.main(["--axes", "parameters", "--most", "10000", "--rounds", "1", "--json", str(file)])
+    rows = {row["what"]: row["found"]["median"] for row in json.loads(file.read_text())["rows"]}
+    place = "parameters of the model: 10000"
+    assert set(rows) == {
+        *(f"{place}, SAM, {name}" for name in ("all", "norm", "random")),
+        *(f"{place}, building {name}" for name in ("all", "norm", "random", "magnitude")),
+    }
+    growth.main(["--figures", str(file), str(folder)])
+    text = (folder / "growth-parameters.svg").read_text(encoding="utf-8")
+    assert f"norm: 10000 {rows[f'{place}, SAM, norm']:.2f}" in text
+    assert [path.name for path in folder.iterdir()] == ["growth-parameters.svg"]
+
+
+@pytest.mark.parametrize("size", growth.SIZES[:-1])
+def test_the_perceptron_is_the_widest_with_so_many_parameters(size: int) -> None:
+    model = growth.perceptron(size)
+    count = sum(p.numel() for p in model.parameters())
+    width = model[0].out_features
+    assert count <= size < count + 2 * width + 80
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from analysis.ascent import checkpoints
 from analysis.sharpness import m_sharpness
+from masks import Budget, MaskContext, build_mask
 from sam.perturbation import Rule
 
 
@@ -107,3 +108,27 @@ def test_checkpoints_of_auto_pgd():
     assert checkpoints(100) == [22, 41, 57, 70, 80, 87, 93, 99]
     assert checkpoints(1) == []
     assert checkpoints(2) == [1]
+
+
+@pytest.mark.parametrize("method", ["pgd", "apgd"])
+@pytest.mark.parametrize("mask_name", ["all", "random", "norm"])
+def test_the_layout_of_the_weights_changes_nothing(method: str, mask_name: str) -> None:
+    """Convolutions with the channels last: values and gradients lie in another order in memory."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Tanh(), nn.Conv2d(8, 4, 3), nn.Flatten(), nn.Linear(64, 3)
+    )
+    model = model.double().eval()
+    batch = torch.randn(12, 3, 8, 8, dtype=torch.float64), torch.randint(3, (12,))
+    found = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        model = model.to(memory_format=layout)
+        context = MaskContext(model)
+        budget = Budget(30, context.table.numel) if mask_name == "random" else None
+        mask = build_mask(mask_name, context, budget)
+        rule = Rule.named("elementwise_l2")
+        estimate = m_sharpness(model, [batch], m=6, rho=0.3, rule=rule, mask=mask, method=method, steps=8)
+        found.append(estimate.value)
+    assert model[0].weight.stride()[1] == 1
+    assert found[0] == pytest.approx(found[1], rel=1e-9)
+    assert found[0] > 1e-3

@@ -17,11 +17,12 @@ import torch
 
 from experiments import compare as module
 from experiments import worker
-from experiments.compare import Comparison, Trial, check_arms, choose, compare, open_folder, predicted_costs
+from experiments.compare import Comparison, Trial, check_arms, choose, compare, extended, open_folder, predicted_costs
 from experiments.config import Arm, CompareConfig, RunConfig
 from experiments.data import load_data
 from experiments.measure import MeasureConfig
 from experiments.record import RunRecord
+from experiments.report.folder import load_comparison
 from experiments.runner import RunFailed
 from experiments.store import completed, read_run
 from experiments.worker import Job, execute
@@ -60,6 +61,64 @@ def again(comparison: Comparison, **changes: Any) -> Comparison:
 def test_the_best_mean_validation_accuracy_decides(trials: list[tuple[float, float, int]], chosen: float) -> None:
     others = [Trial("b", 7.0, 1.0, 0, 2)]
     assert choose([Trial("a", *trial, 2) for trial in trials] + others) == {"a": chosen, "b": 7.0}
+
+
+def grids(trials: dict[str, dict[float, float]]) -> tuple[CompareConfig, list[Trial]]:
+    """A comparison with these radii, and their validation accuracies."""
+    masks = {"all": "all", "norm": "norm", "random": "random"}
+    arms = tuple(Arm(name, masks[name], tuple(found)) for name, found in trials.items())
+    made = [Trial(arm, rho, value, 0, 2) for arm, found in trials.items() for rho, value in found.items()]
+    return CompareConfig(arms=arms), made
+
+
+def radii(config: CompareConfig | None) -> dict[str, float]:
+    assert config is not None
+    return {arm.name: arm.rho[-1] for arm in config.arms if arm.rho}
+
+
+def test_a_best_radius_at_an_end_is_followed_by_one_beyond_it_and_every_arm_has_as_many_trials() -> None:
+    config, trials = grids(
+        {
+            "all": {0.1: 0.9, 0.2: 0.8, 0.4: 0.7},
+            "norm": {0.1: 0.7, 0.2: 0.8, 0.5: 0.9},
+            "random": {1.0: 0.8, 4.0: 0.9, 16.0: 0.7},
+        }
+    )
+    assert radii(extended(config, trials)) == {"all": 0.05, "norm": 1.25, "random": 2.0}
+    assert {len(arm.rho) for arm in extended(config, trials).arms if arm.rho} == {4}
+    assert extended(replace(config, arms=config.arms[:1] + config.arms[3:]), trials) is None, "random's lies inside"
+
+
+def test_between_the_best_radius_and_its_better_neighbour_wherever_they_are() -> None:
+    config, trials = grids({"all": {4.0: 0.85, 1.0: 0.8, 2.0: 0.9}, "norm": {2.0: 0.9, 1.0: 0.8, 0.0: 0.7}})
+    assert radii(extended(config, trials)) == {"all": 2.82843, "norm": 4.0}
+    config, trials = grids({"all": {1.0: 0.9, 0.0: 0.95}, "norm": {2.0: 0.9, 0.0: 0.8}})
+    assert radii(extended(config, trials)) == {"all": 0.5, "norm": 4.0}
+
+
+def test_grids_are_extended_until_the_best_lies_inside(
+    tiny_comparison: Make, tmp_path: Path, measured: MeasureConfig, serial: None
+) -> None:
+    arms = (Arm("all", "all", (1e-7, 1e-6)), Arm("norm", "norm", (1e-7, 1e-6)))
+    asked = tiny_comparison(arms=arms, extend=3, seeds=2)
+    folder = tmp_path / "study"
+    found = compare(asked, folder, measure=measured, policy=QUIET)
+    # Radii that change nothing are equally good, and of equals the smallest is chosen: always an end.
+    assert [arm.rho for arm in found.config.arms[1:]] == [(1e-7, 1e-6, 1e-8, 1e-9, 1e-10)] * 2
+    assert {trial.rho for trial in found.trials} == set(found.config.arms[1].rho)
+    assert found.chosen == {"all": 1e-10, "norm": 1e-10}
+    loaded = load_comparison(folder).comparison
+    assert (loaded.config, loaded.trials, loaded.chosen) == (found.config, found.trials, found.chosen)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("result.json")}
+    repeated = compare(asked, folder, measure=measured, policy=QUIET)
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("result.json")} == before
+    assert repeated.trials == found.trials
+
+
+@pytest.mark.parametrize("extend", [-1, 13])
+def test_how_far_a_grid_may_be_extended_has_limits(tiny_comparison: Make, extend: int) -> None:
+    with pytest.raises(InputError, match=f"extend must be from 0 to 12, got {extend}"):
+        tiny_comparison(extend=extend)
 
 
 def test_every_arm_had_as_many_trials_and_the_best_was_chosen(comparison: Comparison) -> None:

@@ -49,6 +49,7 @@ def rounds(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float | None, float | 
 
     monkeypatch.setattr(Ranking, "_between", watched)
     monkeypatch.setattr(ranking, "_FEW", 64)
+    monkeypatch.setattr(ranking, "_SORTED", 0)
     monkeypatch.setattr(ranking, "_CHUNK", 1_003)
     return seen
 
@@ -64,6 +65,14 @@ def test_the_best_are_those_of_a_stable_sort(kind: str, largest: bool, rounds: l
         assert [len(f) for f in found] == [7_000, 0, 1, 13_000]
         assert torch.equal(torch.cat(found), by_sorting(scores, k, largest=largest)), k
     assert len(rounds) >= 11
+
+
+@pytest.mark.parametrize("largest", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_few_of_few_scores_are_those_of_a_stable_sort(kind: str, largest: bool) -> None:
+    scores = drawn(kind, 3_001)
+    for k in (1, 2, 3, 10, 100, 374, 375, 376):
+        assert torch.equal(Ranking([scores], largest=largest).best(k)[0], by_sorting([scores], k, largest=largest)), k
 
 
 @pytest.mark.parametrize("largest", [True, False])
