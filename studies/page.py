@@ -1,0 +1,125 @@
+"""The tables of the studies' pages, from their committed records.
+
+    python -m studies.page [--check]
+
+A line ``<!-- study: STUDY/COMPARISON -->`` in docs/study-STUDY.md is followed by the comparison's table and figures, up
+to ``<!-- end -->``; ``<!-- study: STUDY/claims -->`` by the outcome of every claim. Figures are copied to docs/figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+HERE = Path(__file__).resolve().parent
+DOCS = HERE.parent / "docs"
+FIGURES = {"accuracy.svg": "Test accuracy per arm", "rho.svg": "Validation accuracy against the radius"}
+_BLOCK = re.compile(r"(<!-- study: (\w+)/(\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+_WORDS = {True: "held", False: "**not held**", None: "not decided"}
+
+
+def markdown(rows: list[dict[str, str]]) -> str:
+    heads = list(rows[0])
+    lines = [heads, ["---"] * len(heads), *([row[head] for head in heads] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def table(records: Path) -> str:
+    """The arms of a comparison: what they kept, the radius chosen, accuracy and gain with their intervals."""
+    arms = pd.read_csv(records / "table.csv", keep_default_na=False, na_values=[""])
+    trials = pd.read_csv(records / "trials.csv")
+    rows = [
+        {
+            "arm": arm.arm,
+            "kept": f"{arm.kept:,}" if arm.kept else "-",
+            "rho": f"{arm.rho:g}{' (edge)' if arm.rho_at_edge else ''}" if arm.kept else "-",
+            "test accuracy, %": _interval(arm.test_accuracy, arm.test_accuracy_low, arm.test_accuracy_high),
+            "gain, points": "-" if pd.isna(arm.gain) else _interval(arm.gain, arm.gain_low, arm.gain_high, "+"),
+            "p (Holm)": "-" if pd.isna(arm.gain_p_holm) else f"{arm.gain_p_holm:.3f}",
+            "ascent": f"{arm.ascent:.3f}" if arm.kept else "-",
+            "lambda_max": f"{arm.lambda_max:.3g}",
+            "cost": f"{arm.cost:.2f}",
+        }
+        for arm in arms.itertuples()
+    ]
+    tried = trials.groupby("arm").size()
+    n, tries = int(arms.n.iloc[0]), int(trials.n.iloc[0])
+    numbers = f"{tried.min()}" if tried.min() == tried.max() else f"{tried.min()} to {tried.max()}"
+    return (
+        f"{markdown(rows)}\n\nn = {n} seeds; 95 % intervals over seeds and test images; gain over none, paired; p by "
+        f"sign flips, Holm's correction over the main arms; rho chosen per arm from {numbers} radii by the mean "
+        f"validation accuracy of {tries} other seeds; ascent: L(w + eps) - L(w), mean over all steps, nats; cost: "
+        "training time over that of none."
+    )
+
+
+def _interval(value: float, low: float, high: float, sign: str = "") -> str:
+    return f"{100 * value:{sign}.2f} [{100 * low:{sign}.2f}, {100 * high:{sign}.2f}]"
+
+
+def claims(records: Path) -> str:
+    """The outcome of every claim, in the order of the claims."""
+    return markdown([_claim(one) for one in json.loads((records / "claims.json").read_text(encoding="utf-8"))])
+
+
+def _claim(one: dict[str, Any]) -> dict[str, str]:
+    numbers = one.get("word", "")
+    if "value" in one:
+        low, high = ("unbounded" if one[end] is None else f"{one[end]:+.2f}" for end in ("low", "high"))
+        numbers = f"{one['value']:+.2f} [{low}, {high}] {one['unit']}"
+    return {
+        "claim": f"{one['says']} ({one['by']})",
+        "comparison": f"{one['comparison']}, {one['method']}",
+        "outcome": _WORDS[one["held"]],
+        "by": f"{numbers}, n = {one['n']}",
+    }
+
+
+def block(study: str, name: str) -> str:
+    records = HERE / study / "records"
+    if name == "claims":
+        return claims(records)
+    figures = [
+        f"![{words}](figures/{study}-{name}-{file})"
+        for file, words in FIGURES.items()
+        if (records / name / file).exists()
+    ]
+    return "\n\n".join([table(records / name), *figures])
+
+
+def filled(page: str) -> str:
+    """The page with its tables made anew."""
+    return _BLOCK.sub(lambda match: f"{match[1]}\n{block(match[2], match[3])}\n\n{match[4]}", page)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m studies.page", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if a page is not current")
+    options = parser.parse_args(arguments)
+    current = True
+    for path in sorted(DOCS.glob("study-*.md")):
+        old = path.read_text(encoding="utf-8")
+        new = filled(old)
+        current &= old == new
+        if not options.check:
+            path.write_text(new, encoding="utf-8")
+    files = {
+        DOCS / "figures" / f"{file.parents[2].name}-{file.parent.name}-{file.name}": file
+        for file in HERE.glob("*/records/*/*.svg")
+        if file.name in FIGURES
+    }
+    for target, source in files.items():
+        current &= target.exists() and target.read_bytes() == source.read_bytes()
+        if not options.check:
+            target.parent.mkdir(exist_ok=True)
+            target.write_bytes(source.read_bytes())
+    return 0 if current or not options.check else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,188 @@
+"""The studies: what their configurations ask for, what becomes of claims, and their pages."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+from PIL import Image
+
+from experiments.data import load_data
+from studies import page, run, unpack_jpeg
+
+FOLDERS = sorted(path.parent for path in run.HERE.glob("*/claims.yaml"))
+
+
+Found = tuple[float, float | None, float | None]
+
+
+def verdict(total: Found, flattening: Found, word: str = "not identified", arm: str = "sam/norm") -> dict[str, Any]:
+    """As sam-masks verdict prints it."""
+
+    def interval(found: Found) -> dict[str, float | None]:
+        return dict(zip(("value", "low", "high"), found, strict=True))
+
+    return {
+        "word": word, "arm": arm, "reference": "none", "seeds": 12, "gain": {"p_holm": 0.25},
+        "mediation": {"total": interval(total), "flattening": interval(flattening)},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "low", "high", "held"),
+    [
+        ("better", 0.1, 0.9, True), ("better", -0.1, 0.9, None), ("better", -0.9, -0.1, False),
+        ("not_worse", -0.2, 0.9, True), ("not_worse", -0.4, 0.9, None), ("not_worse", -0.9, -0.4, False),
+        ("not_better", -0.9, 0.2, True), ("not_better", -0.9, 0.4, None), ("not_better", 0.4, 0.9, False),
+        ("equivalent", -0.2, 0.2, True), ("equivalent", -0.4, 0.2, None), ("equivalent", -0.2, 0.4, None),
+        ("equivalent", 0.4, 0.9, False), ("equivalent", -0.9, -0.4, False), ("equivalent", None, 0.2, None),
+        ("better", 0.1, None, True), ("better", None, None, None), ("not_better", None, 0.2, True),
+    ],
+)  # fmt: skip
+def test_a_claim_is_decided_by_the_whole_interval(
+    kind: str, low: float | None, high: float | None, held: bool | None
+) -> None:
+    found = run.outcome({"is": kind}, verdict((0.0, low, high), (9.0, 8.0, 10.0)), 0.3)
+    assert found["held"] is held
+    assert (found["low"], found["high"], found["unit"], found["p"]) == (low, high, "points of test accuracy", 0.25)
+
+
+@pytest.mark.parametrize(("low", "high", "sharper"), [(0.1, 0.5, False), (-0.5, -0.1, True), (-0.1, 0.1, None)])
+def test_sharper_is_of_the_flattening(low: float, high: float, sharper: bool | None) -> None:
+    made = verdict((5.0, 4.0, 6.0), (0.0, low, high))
+    assert run.outcome({"is": "sharper"}, made, 0.3)["held"] is sharper
+    assert run.outcome({"is": "flatter"}, made, 0.3)["held"] is (None if sharper is None else not sharper)
+
+
+@pytest.mark.parametrize(
+    ("word", "held"),
+    [
+        ("not explained", True),
+        ("explained", False),
+        ("partly", None),
+        ("not identified", None),
+        ("too few seeds", None),
+    ],
+)
+def test_not_explained_is_the_word_of_the_verdict(word: str, held: bool | None) -> None:
+    made = verdict((1.0, 0.5, 1.5), (0.0, -1.0, 1.0), word)
+    assert run.outcome({"is": "not_explained"}, made, 0.3) == {"held": held, "word": word}
+
+
+def test_contrasts_are_those_that_the_arms_allow_under_each_method() -> None:
+    claims = [{"arm": "norm", "reference": "none"}, {"arm": "norm", "reference": "all"},
+              {"arm": "norm", "reference": "none"}, {"arm": "fisher", "reference": "none"}]  # fmt: skip
+    arms = ["none", "none_2x", "sam/all", "sam/norm", "asam/norm"]
+    assert run.contrasts(claims, arms) == ["sam/norm-none", "sam/norm-sam/all", "asam/norm-none"]
+    assert run.contrasts(claims, ["none", "sam/random"]) == []
+
+
+def test_every_claim_is_settled_wherever_it_can_be() -> None:
+    claims = {
+        "margin": 0.3, "comparisons": ["a", "b"], "sweeps": ["s"],
+        "claims": [
+            {"says": "x", "arm": "norm", "reference": "none", "is": "better"},
+            {"says": "y", "arm": "norm", "reference": "none", "is": "not_explained"},
+        ],
+    }  # fmt: skip
+    good, bad = verdict((1.0, 0.5, 1.5), (0, 0, 0)), verdict((-1.0, -1.5, -0.5), (0, 0, 0), arm="asam/norm")
+    sweep = verdict((1.0, 0.5, 1.5), (0, 0, 0), "not explained")
+    found = run.settle(claims, {"a": [good, bad], "s": [sweep]})
+    keys = ("says", "comparison", "method", "held")
+    assert [tuple(one[key] for key in keys) for one in found] == [
+        ("x", "a", "sam", True),
+        ("x", "a", "asam", False),
+        ("y", "s", "sam", True),
+    ]
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_claims_are_about_comparisons_and_arms_that_are_there(folder: Path) -> None:
+    claims = yaml.safe_load((folder / "claims.yaml").read_text(encoding="utf-8"))
+    arms: dict[str, set[str]] = {}
+    for name in [*claims["comparisons"], *claims["sweeps"]]:
+        config = yaml.safe_load((folder / f"{name}.yaml").read_text(encoding="utf-8"))
+        arms[name] = {arm["name"] for arm in config["arms"]}
+        assert config.get("sweep", False) == (name in claims["sweeps"])
+    for claim in claims["claims"]:
+        wanted = claims["sweeps"] if claim["is"] == "not_explained" else claims["comparisons"]
+        assert any({claim["arm"], claim["reference"]} <= arms[name] for name in wanted), claim["says"]
+        made = verdict((0.0, -9.0, 9.0), (0.0, -9.0, 9.0))
+        assert run.outcome(claim, made, claims["margin"])["held"] is None
+
+
+def test_the_pages_hold_what_the_records_say() -> None:
+    assert page.main(["--check"]) == 0
+
+
+def test_a_table_from_records(tmp_path: Path) -> None:
+    arm = {
+        "arm": "norm", "kept": 1288, "rho": 0.5, "rho_at_edge": True, "test_accuracy": 0.9123, "test_accuracy_low": 0.9,
+        "test_accuracy_high": 0.92, "gain": 0.0123, "gain_low": -0.001, "gain_high": 0.02, "gain_p_holm": 0.04,
+        "ascent": 0.25, "lambda_max": 12.3, "cost": 1.75, "n": 12,
+    }  # fmt: skip
+    none = {**arm, "arm": "none", "kept": 0, "rho_at_edge": False, "gain": math.nan, "gain_p_holm": math.nan}
+    pd.DataFrame([none, arm]).to_csv(tmp_path / "table.csv", index=False)
+    pd.DataFrame({"arm": ["norm"] * 7, "n": [2] * 7}).to_csv(tmp_path / "trials.csv", index=False)
+    text = page.table(tmp_path)
+    assert (
+        "| norm | 1,288 | 0.5 (edge) | 91.23 [90.00, 92.00] | +1.23 [-0.10, +2.00] | 0.040 | 0.250 | 12.3 | 1.75 |"
+        in text
+    )
+    assert "| none | - | - | 91.23 [90.00, 92.00] | - | - | - | 12.3 | 1.75 |" in text
+    assert "n = 12 seeds" in text
+    assert "from 7 radii by the mean validation accuracy of 2 other seeds" in text
+
+
+def test_a_table_of_claims(tmp_path: Path) -> None:
+    claim = {"says": "a is b", "by": "us", "comparison": "c", "method": "sam", "n": 12}
+    made = [
+        {**claim, "held": False, "value": -0.5, "low": None, "high": -0.25, "unit": "points of test accuracy"},
+        {**claim, "held": None, "word": "not identified"},
+    ]
+    (tmp_path / "claims.json").write_text(json.dumps(made))
+    text = page.claims(tmp_path)
+    assert "| a is b (us) | c, sam | **not held** | -0.50 [unbounded, -0.25] points of test accuracy, n = 12 |" in text
+    assert "| a is b (us) | c, sam | not decided | not identified, n = 12 |" in text
+
+
+def test_jpegs_are_unpacked_as_they_are_read(tmp_path: Path) -> None:
+    drawn = np.random.default_rng(0).integers(0, 255, (5, 4, 6, 3), dtype=np.uint8)
+    files = []
+    for pixels in drawn:
+        Image.fromarray(pixels.repeat(8, 0).repeat(8, 1)).save(buffer := io.BytesIO(), "jpeg", quality=80)
+        files.append(buffer.getvalue())
+    header = files[0][: next(i for i, same in enumerate(zip(*files, strict=False)) if len(set(same)) > 1)]
+    bodies = [file.removeprefix(header).removesuffix(unpack_jpeg.END) for file in files]
+    np.savez(
+        tmp_path / "pack.npz",
+        header=np.frombuffer(header, np.uint8),
+        data=np.frombuffer(b"".join(bodies), np.uint8),
+        lengths=np.array([len(body) for body in bodies], np.uint16),
+        y_train=np.array([2, 0, 1], np.uint8),
+        y_test=np.array([1, 2], np.uint8),
+    )
+    unpack_jpeg.main([str(tmp_path / "pack.npz"), str(tmp_path / "out" / "plain.npz")])
+    found = load_data(f"npz:{tmp_path / 'out' / 'plain.npz'}")
+    with np.load(tmp_path / "out" / "plain.npz") as plain:
+        images = [np.asarray(Image.open(io.BytesIO(file))) for file in files]
+        assert np.array_equal(np.concatenate([plain["x_train"], plain["x_test"]]), np.stack(images))
+        assert plain["y_train"].tolist() == [2, 0, 1]
+    assert found.num_classes == 3
+
+
+@pytest.mark.slow
+def test_a_study_shrunk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run.main(["digits", "--scale", "0.05", "--only", "resnet_half", "--processes", "1", "--out", str(tmp_path)])
+    records = tmp_path / "digits" / "records"
+    runs = pd.read_csv(records / "resnet_half" / "runs.csv")
+    assert len(runs) == 10 * 5 + 11 * 2
+    assert json.loads((records / "claims.json").read_text()) == []
+    assert (records / "resnet_half" / "accuracy.svg").exists()
