@@ -109,18 +109,24 @@ def cost(ratios: Mapping[str, Sequence[float]], predicted: Mapping[str, float | 
     return figure
 
 
-def along_training(curves: Mapping[str, Sequence[Sequence[float | None]]], style: Styles, what: str) -> Figure:
+def along_training(
+    curves: Mapping[str, Sequence[Sequence[float | None]]],
+    style: Styles,
+    what: str,
+    after: Mapping[str, Sequence[int]] | None = None,
+) -> Figure:
     """A number per epoch: mean over seeds and, shaded, its 95 % t interval.
 
     Args:
         curves: for each arm one list per seed; None for an epoch without a number, where the curve has a gap.
         style: of each arm.
         what: label of the axis, with its unit.
+        after: for each arm the numbers of the epochs, counted from 1; None for all of them.
     """
     figure, axes = new()
     for name, runs in curves.items():
         own = style[name]
-        at = range(1, len(runs[0]) + 1)
+        at = range(1, len(runs[0]) + 1) if after is None else after[name]
         ends = [_interval(values) for values in zip(*runs, strict=True)]
         middle, low, high = ([end[i] for end in ends] for i in range(3))
         axes.plot(at, middle, own.line, color=own.colour, label=label(name))

@@ -10,6 +10,7 @@ from experiments.by_method import methods_notes, methods_shown
 from experiments.config import BASELINE, CompareConfig
 from experiments.plot import outcome
 from experiments.plot.style import Style, styles
+from experiments.report.along import along
 from experiments.report.answer import answer
 from experiments.report.content import Absent, Block, Details, Document, Grid, Notes, Section, Text, grid, picture
 from experiments.report.curvature import curvature
@@ -37,7 +38,7 @@ def document(findings: Findings) -> Document:
             Section("Sharpness and test error", tuple(flatness(findings, style))),
             Section("Curvature", tuple(curvature(findings, style))),
             Section("Masks", tuple(masks(findings, style))),
-            Section("Training", tuple(_training(findings, style))),
+            Section("Training", (*_training(findings, style), *along(findings, style))),
             Section("Cost", tuple(_cost(findings, style))),
             Section("Failed and diverged runs", tuple(_failed(findings))),
             Section("Runs behind each number", tuple(_runs(findings))),

@@ -91,6 +91,9 @@ def test_a_curve_is_the_mean_with_its_t_interval(style: dict[str, Style]) -> Non
     half = stats.t.ppf(0.975, 2) * np.std([5.0, 7.0, 9.0], ddof=1) / math.sqrt(3)
     at_two = vertices[vertices[:, 0] == 2][:, 1]
     assert (at_two.min(), at_two.max()) == pytest.approx((7 - half, 7 + half))
+    assert list(axes.lines[0].get_xdata()) == [1, 2, 3]
+    (axes,) = outcome.along_training({"norm": runs}, style, "x", {"norm": [5, 10, 12]}).axes
+    assert list(axes.lines[0].get_xdata()) == [5, 10, 12]
 
 
 def test_cost(style: dict[str, Style]) -> None:
