@@ -51,8 +51,12 @@ def _profile(row: dict[str, Any]) -> str:
     parts = dict(row["profile"])
     ours, unit = parts.pop("together")
     order = sorted(parts.items(), key=lambda item: item[1][1] - item[1][0])
-    shown = "; ".join(f"{label} {a:,.3g} ({b:,.3g})" for label, (a, b) in order)
-    return f"- {row['what']}: {ours:,.3g} ms, {row['unit']} {unit:,.3g} ms, of which {shown}"
+    shown = "; ".join(f"{label} {_figures(a)} ({_figures(b)})" for label, (a, b) in order)
+    return f"- {row['what']}: {_figures(ours)} ms, {row['unit']} {_figures(unit)} ms, of which {shown}"
+
+
+def _figures(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def filled(page: str, results: Path = RESULTS) -> str:
