@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -89,33 +89,11 @@ def average_sharpness(
     metric = Identity() if metric is None else metric
     mask = whole_mask(model) if mask is None else mask
     check_mask(mask)
-    dtype, device = precision_of(model)
+    dtype, _ = precision_of(model)
     batches = check_batches(batches)
     digest = data_digest(batches)
     taken, loss_name = chosen_loss(loss, normalise_logits)
-    region = Region(mask, model)
-    scales = [metric.scale(p.row, p.param, w) for p, w in zip(region.pieces, region.weights(), strict=True)]
-    saved = region.save()
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw() -> list[Tensor]:
-        """rho c z."""
-        z = [_draw(noise, p.row.shape, generator).to(device, dtype) for p in region.pieces]
-        return [rho * v if c is None else rho * c * v for v, c in zip(region.gather(z), scales, strict=True)]
-
-    rises = np.empty((len(batches), pairs))
-    with evaluation_mode(model), torch.no_grad():
-        check_function(model, batches, taken)
-        for i, given in enumerate(batches):
-            batch = place(given, dtype, device)
-            clean = _mean(losses(model, batch, taken, dtype, "at the given weights"))
-            for j in range(pairs):
-                delta = draw()
-                total = 0.0
-                for signed in (delta, [-d for d in delta]):
-                    with _moved(region, signed, saved):
-                        total += _mean(losses(model, batch, taken, dtype, f"at noise of size {rho:g}"))
-                rises[i, j] = total / 2 - clean
+    rises = _rises(model, batches, taken, Region(mask, model), metric, rho, noise, pairs, seed)
     weights = np.array([len(x) for x, _ in batches]) / sum(len(x) for x, _ in batches)
     # Stratified by batch: the batches are not a sample here, only the noise is.
     variance = float(weights**2 @ rises.var(axis=1, ddof=1)) / pairs if pairs > 1 else math.nan
@@ -144,6 +122,44 @@ def average_sharpness(
             "dtype": str(dtype).removeprefix("torch."),
         },
     )
+
+
+def _rises(
+    model: nn.Module,
+    batches: Sequence[Batch],
+    loss: LossFn,
+    region: Region,
+    metric: Metric,
+    rho: float,
+    noise: Noise,
+    pairs: int,
+    seed: int,
+) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """The mean of the rises at z and -z, shape (batches, pairs)."""
+    dtype, device = precision_of(model)
+    scales = [metric.scale(p.row, p.param, w) for p, w in zip(region.pieces, region.weights(), strict=True)]
+    saved = region.save()
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw() -> list[Tensor]:
+        """rho c z."""
+        z = [_draw(noise, p.row.shape, generator).to(device, dtype) for p in region.pieces]
+        return [rho * v if c is None else rho * c * v for v, c in zip(region.gather(z), scales, strict=True)]
+
+    rises = np.empty((len(batches), pairs))
+    with evaluation_mode(model), torch.no_grad():
+        check_function(model, batches, loss)
+        for i, given in enumerate(batches):
+            batch = place(given, dtype, device)
+            clean = _mean(losses(model, batch, loss, dtype, "at the given weights"))
+            for j in range(pairs):
+                delta = draw()
+                total = 0.0
+                for signed in (delta, [-d for d in delta]):
+                    with _moved(region, signed, saved):
+                        total += _mean(losses(model, batch, loss, dtype, f"at noise of size {rho:g}"))
+                rises[i, j] = total / 2 - clean
+    return rises
 
 
 def _draw(noise: Noise, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -96,14 +96,7 @@ def m_sharpness(
     parts, dropped = micro_batches(batches, m)
     taken, loss_name = chosen_loss(loss, normalise_logits)
     ball = Ball.at_weights(model, taken, Region(mask, model), rule, used)
-    with evaluation_mode(model):
-        checks = [partial(check_agreement, i, first) for i, first in enumerate(first_pass(model, parts, taken))]
-        if method == "one_step":
-            rises = [ball.one_step(*task) for task in zip(parts, checks, strict=True)]
-        elif method == "pgd":
-            rises = [ball.pgd(*task, steps, step_size) for task in zip(parts, checks, strict=True)]
-        else:
-            rises = [ball.apgd(*task, steps) for task in zip(parts, checks, strict=True)]
+    rises = _rises(model, parts, taken, ball, method, steps, step_size)
     n = len(rises)
     return Estimate(
         name=(
@@ -154,6 +147,20 @@ def _check_search(m: int, method: Method | None, steps: int, step_size: float | 
     if not (math.isfinite(step_size) and step_size > 0):
         raise InputError(f"step_size must be a positive finite number, got {step_size}")
     return method, step_size
+
+
+def _rises(
+    model: nn.Module, parts: Sequence[Batch], loss: LossFn, ball: Ball, method: Method, steps: int, step_size: float
+) -> list[float]:
+    """How far the loss of each micro-batch rises in the ball."""
+    with evaluation_mode(model):
+        checks = [partial(check_agreement, i, first) for i, first in enumerate(first_pass(model, parts, loss))]
+        tasks = zip(parts, checks, strict=True)
+        if method == "one_step":
+            return [ball.one_step(*task) for task in tasks]
+        if method == "pgd":
+            return [ball.pgd(*task, steps, step_size) for task in tasks]
+        return [ball.apgd(*task, steps) for task in tasks]
 
 
 def _describe_search(method: Method, steps: int, step_size: float) -> str:

@@ -146,11 +146,7 @@ def verdict(
         InputError: a study that is not complete, or settings out of range; see :func:`analysis.reliability.run_grid`,
             :func:`paired_runs`, :func:`associations`.
     """
-    for metric in secondary:
-        if metric not in frame.columns:
-            raise InputError(unknown_name("column", metric, map(str, frame.columns)))
-    if primary in secondary or len(set(secondary)) < len(secondary):
-        raise InputError(f"a metric is named twice: {', '.join([primary, *secondary])}")
+    _check_metrics(frame, primary, secondary)
     if not 0 <= min_robustness <= 1:
         raise InputError(f"min_robustness must lie in [0, 1], got {min_robustness}")
     needed = seeds_needed(num_contrasts, alpha)
@@ -172,12 +168,6 @@ def verdict(
     repeats = _reliabilities(frame, runs, [primary, *secondary])
     own = [one for one in repeats if one.metric == primary]
     ranked, notes = _associations(frame, runs, primary, secondary, resamples) if resamples else ((), ())
-    needed_by_all = seeds_needed(num_contrasts * len(secondary), alpha) if secondary else 0
-    if runs.n < needed_by_all:
-        notes += (
-            f"secondary metrics: after Holm over {len(secondary)} metrics and {num_contrasts} contrasts no p value can "
-            f"pass with fewer than {needed_by_all} seeds, there are {runs.n}",
-        )
     title = f"{arm} against {reference}, {runs.n} seeds, by {primary}"
     return Verdict(
         word=word,
@@ -200,7 +190,25 @@ def verdict(
         associations=ranked,
         assumptions=ISO_ASSUMPTIONS + MEDIATION_ASSUMPTIONS,
         gain=gain,
-        notes=notes,
+        notes=notes + _too_few_for_secondary(runs.n, len(secondary), num_contrasts, alpha),
+    )
+
+
+def _check_metrics(frame: pd.DataFrame, primary: str, secondary: Sequence[str]) -> None:
+    for metric in secondary:
+        if metric not in frame.columns:
+            raise InputError(unknown_name("column", metric, map(str, frame.columns)))
+    if primary in secondary or len(set(secondary)) < len(secondary):
+        raise InputError(f"a metric is named twice: {', '.join([primary, *secondary])}")
+
+
+def _too_few_for_secondary(seeds: int, metrics: int, num_contrasts: int, alpha: float) -> tuple[str, ...]:
+    needed = seeds_needed(num_contrasts * metrics, alpha) if metrics else 0
+    if seeds >= needed:
+        return ()
+    return (
+        f"secondary metrics: after Holm over {metrics} metrics and {num_contrasts} contrasts no p value can "
+        f"pass with fewer than {needed} seeds, there are {seeds}",
     )
 
 

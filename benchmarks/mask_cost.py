@@ -9,7 +9,8 @@ median over rounds of the ratio in the same round.
 ``selection``: ``masks.top_k`` (a boolean mask, equal scores by index) in units of ``torch.topk`` (values and positions,
 equal scores in any order) with its defaults, by number of scores and density. Scores are the sizes of normal numbers;
 those of the last kind are 0 with probability 0.4, as gradients behind ReLUs are. The limit, reading the scores once, is
-measured as ``scores.max()``. The peak of memory beyond the scores is that of a process of its own, in bytes per score,
+measured as ``scores.max()``. Masks rank the scores of many tensors together: rows "in 60 tensors" are of the same
+scores, divided, beside ``torch.topk`` of the undivided ones. The peak of memory beyond the scores is that of a process of its own, in bytes per score,
 of which the mask takes one (a copy of the scores would take four).
 
 ``fisher``: scores of 1,024 examples in batches of 128, in units of the gradients of the same batches. "all" is
@@ -37,10 +38,13 @@ from benchmarks.rows import Row, arguments, finish, start
 from experiments.timing import Step, measure, quartiles, ratios
 from masks import MaskContext, build_mask, cross_entropy, top_k
 from masks.per_example import per_example_gradients
+from masks.ranking import Ranking
 from masks.scoring import mean_squared_gradients
 
 SIZES = (10_000, 100_000, 1_000_000, 10_000_000, 100_000_000)
 DENSITIES = (0.0005, 0.01, 0.1, 0.5, 0.99)
+NUM_PARTS = 60
+PARTS = f"in {NUM_PARTS} tensors"
 SELECTION_AT_MOST, ALL_AT_MOST, NORM_AT_MOST = 1.5, 4.0, 1.5
 NUM_EXAMPLES, BATCH_SIZE, EPOCH = 1024, 128, 50_000
 NETS: dict[str, tuple[Callable[[], nn.Module], int]] = {
@@ -77,6 +81,7 @@ def extra_bytes(n: int, k: int) -> int:
 def selection(n: int, rounds: int, seed: int = 0) -> tuple[list[Row], dict[str, Any]]:
     generator = torch.Generator().manual_seed(seed)
     scores = torch.randn(n, generator=generator).abs_()
+    parts = scores.split(-(-n // NUM_PARTS))
     rows, raw = [], {}
     for kind in ("normal", "zeros"):
         if kind == "zeros":
@@ -87,6 +92,7 @@ def selection(n: int, rounds: int, seed: int = 0) -> tuple[list[Row], dict[str, 
                 "top_k": lambda k=k: top_k(scores, k),  # type: ignore[misc]
                 "torch.topk": lambda k=k: torch.topk(scores, k),  # type: ignore[misc]
                 "reading": lambda: scores.max(),
+                PARTS: lambda k=k: Ranking(parts, largest=True).best(k),  # type: ignore[misc]
             }
             found = measure(variants, rounds, seed, torch.device("cpu"), warm_up=1)
             name = f"{n:.0e} scores, {kind}, density {density:g}"
@@ -96,6 +102,10 @@ def selection(n: int, rounds: int, seed: int = 0) -> tuple[list[Row], dict[str, 
             cost = ratios(found, "top_k", "torch.topk")
             row = Row(name, cost, "torch.topk", limit, SELECTION_AT_MOST, f"{own:.1f} ns per score")
             rows.append(explained(row, variants, "top_k", "torch.topk"))
+            if kind == "normal":
+                cost = ratios(found, PARTS, "torch.topk")
+                row = Row(f"{name}, {PARTS}", cost, "torch.topk", limit, SELECTION_AT_MOST)
+                rows.append(explained(row, variants, PARTS, "torch.topk"))
     if n >= 1_000_000:
         extra = [extra_bytes(n, k) / n for k in (n // 2000, n // 2)]
         rows.append(Row(f"{n:.0e} scores, peak memory", quartiles(extra), "n bytes", 1.0, 2.0))

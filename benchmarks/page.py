@@ -48,15 +48,10 @@ def table(result: dict[str, Any]) -> str:
 
 def _profile(row: dict[str, Any]) -> str:
     """What takes a row that misses its target longer than its unit, as one point of a list."""
-    parts = dict(row["profile"])
-    ours, unit = parts.pop("together")
+    parts = {label: pair for label, pair in row["profile"].items() if label != "together"}
     order = sorted(parts.items(), key=lambda item: item[1][1] - item[1][0])
-    shown = "; ".join(f"{label} {_figures(a)} ({_figures(b)})" for label, (a, b) in order)
-    return f"- {row['what']}: {_figures(ours)} ms, {row['unit']} {_figures(unit)} ms, of which {shown}"
-
-
-def _figures(value: float) -> str:
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+    shown = "; ".join(f"{label} {ours:.2f} ({unit:.2f})" for label, (ours, unit) in order)
+    return f"- {row['what']}, {row['found']['median']:.2f} x {row['unit']}: {shown}"
 
 
 def filled(page: str, results: Path = RESULTS) -> str:

@@ -13,7 +13,7 @@ references: :mod:`benchmarks.naive`.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from statistics import median
 from typing import Any
@@ -24,7 +24,7 @@ from benchmarks import naive
 from benchmarks.models import MODELS
 from benchmarks.profiles import explained
 from benchmarks.rows import Row, arguments, finish, start
-from benchmarks.step_cost import losses
+from benchmarks.step_cost import losses, peers
 from experiments.timing import WARM_UP, Step, clock, measure, ratios
 from masks import Budget, Mask, MaskContext, Region, build_mask
 from sam import Rule, perturb
@@ -52,25 +52,13 @@ def ours(mask: Mask, model: torch.nn.Module) -> naive.Moves:
     return move, back
 
 
-def peers(params: list[torch.Tensor]) -> dict[str, naive.Moves]:
-    """The naive reference, and the other package if it is there."""
-    found: dict[str, naive.Moves] = {"all, naive": naive.sam(params)}
-    try:
-        from pytorch_optimizer import SAM
-    except ImportError:
-        return found
+def measure_moves(
+    moves: Mapping[str, naive.Moves], one_pass: Step, rounds: int, settle: Callable[[], None]
+) -> list[dict[str, Any]]:
+    """As :func:`experiments.timing.measure`: the seconds there and back, each right after a pass.
 
-    class Nothing(torch.optim.SGD):
-        def step(self, closure: Any = None) -> None:
-            return None
-
-    optimizer = SAM(params, Nothing, rho=naive.RHO, lr=0.0)
-
-    return found | {"all, pytorch-optimizer": (optimizer.first_step, optimizer.second_step)}
-
-
-def measure_moves(moves: Mapping[str, naive.Moves], one_pass: Step, rounds: int) -> list[dict[str, Any]]:
-    """As :func:`experiments.timing.measure`: the seconds there and back, each right after a pass."""
+    ``settle`` is called after each way there and back, not timed.
+    """
     shuffle, device, out = random.Random(0), torch.device("cpu"), []
     for i in range(WARM_UP + rounds):
         order = list(moves)
@@ -80,6 +68,7 @@ def measure_moves(moves: Mapping[str, naive.Moves], one_pass: Step, rounds: int)
             for way in moves[name]:
                 one_pass()
                 seconds[name] += clock(way, device)
+            settle()
         if i >= WARM_UP:
             out.append({"order": order, "seconds": seconds})
     return out
@@ -117,7 +106,7 @@ def main(given: list[str] | None = None) -> dict[str, Any]:
     }
     for label, mask in masks.items():
         moves |= {label: ours(mask, model), f"{label}, naive SSAM": naive.ssam(params, mask.dense())}
-    found = measure_moves(moves, lambda: sgd(BETWEEN), options.rounds)
+    found = measure_moves(moves, lambda: sgd(BETWEEN), options.rounds, naive.settling(params))
     best = min(others, key=lambda name: median(r["seconds"][name] for r in found))
     step_seconds = sorted(r["seconds"]["sgd"] for r in passes)[len(passes) // 2]
 
@@ -131,7 +120,7 @@ def main(given: list[str] | None = None) -> dict[str, Any]:
         Row("all", ratios(found, "all", name), name, at_most=OF_PEER if name == best else None) for name in others
     ]
     rows = [
-        *(explained(row, both, "all", row.unit) for row in of_peers),
+        *(explained(row, both, "all", row.unit, lambda: sgd(BETWEEN)) for row in of_peers),
         Row("norm", ratios(found, "norm", "norm, naive SAM-ON"), "naive SAM-ON", at_most=OF_NAIVE_NORM),
         *(Row(label, ratios(found, label, f"{label}, naive SSAM"), "naive SSAM") for label in masks),
         *(Row(what, of_step(what), "an SGD step", at_most=OF_STEP if what in list(masks)[:2] else None)

@@ -1,8 +1,14 @@
-"""Where the time of a row that misses its target goes: operators by kind, beside those of what it is measured in."""
+"""Where the time of a row that misses its target goes: operators by kind, beside those of what it is measured in.
+
+The cost that was timed, in its unit, is divided by the shares that the profiler sees, medians over rounds in a shuffled
+order: the parts add up to the row's own number.
+"""
 
 from __future__ import annotations
 
+import random
 import re
+import statistics
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -12,9 +18,9 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.rows import Row
 from experiments.timing import Step, clock
 
-REPEATS = 5
+ROUNDS = 7
 SHOWN = 0.01
-"""Kinds that make up less of either variant are counted together."""
+"""Kinds of which both steps have less, in the row's unit, are counted together."""
 
 _KINDS = {
     "products and convolutions, backward": r".*conv.*backward",
@@ -39,47 +45,51 @@ def kind(operator: str) -> str | None:
     return next((label for label, names in _KINDS.items() if re.fullmatch(names, name)), _ELEMENTWISE)
 
 
-def milliseconds(step: Step) -> dict[str, float]:
-    """Milliseconds of one step by kind of operator, the mean of :data:`REPEATS`, on a CPU.
-
-    What operators take is scaled to the time of the step without the profiler, which itself takes some.
-    """
-    device = torch.device("cpu")
-    step()
-    plain = sum(clock(step, device) for _ in range(REPEATS)) * 1e3 / REPEATS
-
-    def repeated() -> None:
-        for _ in range(REPEATS):
-            step()
-
+def shares(step: Step) -> dict[str, float]:
+    """What part of one step's time on a CPU goes where, by kind of operator; the profiler itself takes some."""
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        seconds = clock(repeated, device)
-    scale = plain / (seconds * 1e3)
+        seconds = clock(step, torch.device("cpu"))
     found: dict[str, float] = {}
     for event in profiler.key_averages():
         label = kind(event.key)
         if label is not None:
-            found[label] = found.get(label, 0.0) + event.self_cpu_time_total / 1e3 * scale
-    return found | {_REST: max(0.0, plain - sum(found.values()))}
+            found[label] = found.get(label, 0.0) + event.self_cpu_time_total / 1e6
+    found[_REST] = max(0.0, seconds - sum(found.values()))
+    total = sum(found.values())
+    return {label: value / total for label, value in found.items()}
 
 
-def explained(row: Row, steps: Mapping[str, Step], over: str, under: str, times: float = 1.0) -> Row:
-    """The row, with a profile if it misses its target.
+def explained(row: Row, steps: Mapping[str, Step], over: str, under: str, before: Step | None = None) -> Row:
+    """The row, with a profile if it misses its target: the row's cost, and its unit, divided by kinds of operators.
 
     Args:
-        row: the ratio of two steps.
+        row: the ratio of two steps, as it was timed without a profiler.
         steps: by name.
         over, under: the names of the two.
-        times: how many of the second one the unit is.
+        before: what runs before each, unseen.
     """
     if row.met is not False:
         return row
-    ours, unit = milliseconds(steps[over]), milliseconds(steps[under])
-    total, whole = sum(ours.values()), sum(unit.values())
-    parts = {}
+    shuffle = random.Random(0)
+    taken: dict[str, list[dict[str, float]]] = {over: [], under: []}
+    for _ in range(ROUNDS):
+        for name in shuffle.sample([over, under], 2):
+            if before is not None:
+                before()
+            taken[name].append(shares(steps[name]))
+    ours, unit = _median(taken[over], row.found["median"]), _median(taken[under], 1.0)
+    parts: dict[str, tuple[float, float]] = {}
     for label in sorted(ours | unit, key=lambda label: -ours.get(label, 0.0)):
-        pair = ours.get(label, 0.0), unit.get(label, 0.0) * times
-        if pair[0] > SHOWN * total or pair[1] > SHOWN * whole * times:
+        pair = ours.get(label, 0.0), unit.get(label, 0.0)
+        if max(pair) > SHOWN:
             parts[label] = pair
-    rest = total - sum(a for a, _ in parts.values()), whole * times - sum(b for _, b in parts.values())
-    return replace(row, profile=parts | {"all else": rest, "together": (total, whole * times)})
+    rest = row.found["median"] - sum(a for a, _ in parts.values()), 1 - sum(b for _, b in parts.values())
+    return replace(row, profile=parts | {"all else": rest, "together": (row.found["median"], 1.0)})
+
+
+def _median(taken: list[dict[str, float]], total: float) -> dict[str, float]:
+    """Median over the rounds, scaled to a sum."""
+    labels = dict.fromkeys(label for one in taken for label in one)
+    found = {label: statistics.median(one.get(label, 0.0) for one in taken) for label in labels}
+    whole = sum(found.values())
+    return {label: value * total / whole for label, value in found.items()}

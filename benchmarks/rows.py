@@ -26,7 +26,7 @@ class Row:
         at_most: the target; None for a row that is there to compare with.
         note: what else there is to say.
         at_least: the target of what should be large.
-        profile: milliseconds by kind of operator, of it and of the unit; see :mod:`benchmarks.profiles`.
+        profile: what of it, and of the unit, goes to which kind of operator; see :mod:`benchmarks.profiles`.
     """
 
     what: str
@@ -78,9 +78,9 @@ def finish(result: dict[str, Any], rows: list[Row], rounds: dict[str, Any], file
     print(table(rows))
     for row in rows:
         if row.profile:
-            print(f"\n{row.what}: milliseconds, and those of {row.unit}")
+            print(f"\n{row.what}: where it goes, in units of {row.unit}, and where that goes")
             for label, (ours, unit) in row.profile.items():
-                print(f"  {label:50}  {ours:10.3f}  {unit:10.3f}")
+                print(f"  {label:50}  {ours:6.3f}  {unit:6.3f}")
     if file:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(result, indent=1) + "\n")

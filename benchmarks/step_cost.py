@@ -5,7 +5,8 @@
 All variants run in one process on one model and one batch, one step each per round, in an order that is
 shuffled anew every round (a fixed order makes a variant up to 4 % slower by what runs before it). A cost is the
 median over rounds of the ratio to the same round's SGD step, with quartiles. The clock is the process's own CPU time
-on one thread, so that other jobs disturb little. The limit is the ratio of the steps' matrix products and
+on one thread, so that other jobs disturb little. The peers, a naive SAM and, if it is installed, that of pytorch-optimizer, take the
+same passes and the same base optimizer, and move the weights their own way. The limit is the ratio of the steps' matrix products and
 convolutions, which is what it would cost if they were all. For GPUs: :mod:`benchmarks.gpu`.
 """
 
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import naive
 from benchmarks.models import CLASSIFIER, LAST_STAGE, MODELS
 from benchmarks.profiles import explained
 from benchmarks.rows import Row, arguments, finish, start
@@ -27,7 +29,7 @@ from masks import Budget, Mask, MaskContext, Region, build_mask
 from sam import SAM
 
 COST_AT_MOST = {"all": 2.10, "norm": 1.85, "last_stage": 1.25, "classifier": 1.05}
-RESNET18_NORM_AT_MOST, NORM_OF_ALL_AT_MOST = 1.78, 0.87
+RESNET18_NORM_AT_MOST, NORM_OF_ALL_AT_MOST, OF_PEER_AT_MOST = 1.78, 0.87, 1.02
 HELD_PER_ENTRY_AT_MOST = {"norm": 4.0, "random": 16.0}
 
 
@@ -49,6 +51,23 @@ def make_masks(model: nn.Module, last_stage: tuple[str, ...]) -> dict[str, Mask]
         "last_stage": late(last_stage),
         "classifier": late(CLASSIFIER),
     }
+
+
+def peers(params: list[Tensor]) -> dict[str, naive.Moves]:
+    """Other ways to move all parameters and back: the naive one, and that of the other package if it is there."""
+    found: dict[str, naive.Moves] = {"all, naive": naive.sam(params)}
+    try:
+        from pytorch_optimizer import SAM as Peer
+    except ImportError:
+        return found
+
+    class Nothing(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:
+            return None
+
+    optimizer = Peer(params, Nothing, rho=naive.RHO, lr=0.0)
+
+    return found | {"all, pytorch-optimizer": (optimizer.first_step, optimizer.second_step)}
 
 
 def make_steps(model: nn.Module, batch: tuple[Tensor, Tensor], masks: dict[str, Mask]) -> dict[str, Step]:
@@ -74,7 +93,13 @@ def make_steps(model: nn.Module, batch: tuple[Tensor, Tensor], masks: dict[str, 
         optimizer = SAM(base(), model, mask=mask)
         return lambda: optimizer.step(lambda: closure(optimizer))
 
+    def peer(moves: naive.Moves, optimizer: torch.optim.Optimizer) -> Step:
+        there, back = moves
+        return lambda: (closure(optimizer), there(), closure(optimizer), back(), optimizer.step())
+
+    params = list(model.parameters())
     return {
+        **{name: peer(moves, base()) for name, moves in peers(params).items()},
         "sgd": plain(base()),
         "all": step_on(masks["all"]),
         "norm": step_on(masks["norm"]),
@@ -120,7 +145,8 @@ def run(model_name: str, rounds: int, batch_size: int, seed: int = 0) -> tuple[l
     at_most = dict(COST_AT_MOST)
     if model_name.startswith("resnet18"):
         at_most["norm"] = RESNET18_NORM_AT_MOST
-    if limits["last_stage"] > at_most["last_stage"]:  # that of ResNet-20 has a third of its operations
+    over = limits["last_stage"] > at_most["last_stage"]
+    if over:  # that of ResNet-20 has a third of its operations
         del at_most["last_stage"]
     milliseconds = 1e3 * quartiles([r["seconds"]["sgd"] for r in found])["median"]
     rows = [
@@ -131,8 +157,17 @@ def run(model_name: str, rounds: int, batch_size: int, seed: int = 0) -> tuple[l
         for name in LABELS
     ]  # fmt: skip
     rows[0] = replace(rows[0], note=f"SGD takes {milliseconds:.1f} ms")
+    if over:
+        last = list(LABELS).index("last_stage")
+        rows[last] = replace(rows[last], note=f"without the target of {COST_AT_MOST['last_stage']}, below its limit")
     of_all = Row(f"{model_name}, norm", ratios(found, "norm", "all"), "all", at_most=NORM_OF_ALL_AT_MOST)
     rows.append(explained(of_all, steps, "norm", "all"))
+    of_peers = {name: ratios(found, "all", name) for name in steps if name.startswith("all, ")}
+    best = max(of_peers, key=lambda name: of_peers[name]["median"])
+    for name, cost in of_peers.items():
+        at_most_peer = OF_PEER_AT_MOST if name == best else None
+        row = Row(f"{model_name}, SAM, all", cost, name, at_most=at_most_peer)
+        rows.append(explained(row, steps, "all", name))
     for name, most in HELD_PER_ENTRY_AT_MOST.items():
         held = quartiles([bytes_per_entry(masks[name], model)])
         rows.append(Row(f"{model_name}, held by {name}", held, "byte per coordinate", 4.0, most))

@@ -79,6 +79,15 @@ def open_folder(folder: Path, config: CompareConfig, measure: MeasureConfig, stu
         _describe(folder, config, measure, study_id)
 
 
+def as_extended(folder: Path, config: CompareConfig) -> CompareConfig:
+    """The comparison with the radii that its folder has beyond those asked for, from an earlier ``extend``."""
+    with _using(folder):
+        found = json.loads((folder / STUDY_FILE).read_text(encoding="utf-8"))
+        grids = {arm["name"]: tuple(arm["rho"]) for arm in found["config"]["arms"]}
+    arms = [replace(arm, rho=arm.rho + grids[arm.name][len(arm.rho) :]) for arm in config.arms]
+    return replace(config, arms=tuple(arms))
+
+
 def _describe(folder: Path, config: CompareConfig, measure: MeasureConfig, study_id: str) -> None:
     """Write what the folder is of: the comparison as asked for, with the grids as they are now."""
     content = {
@@ -182,7 +191,7 @@ def extended(config: CompareConfig, trials: Sequence[Trial]) -> CompareConfig | 
         grid = sorted(arm.rho)
         if len(grid) > 1:
             i = grid.index(best[arm.name])
-            at_edge |= i in (0, len(grid) - 1)
+            at_edge |= grid[i] > 0 and i in (0, len(grid) - 1)  # below 0 there is nothing to try
             if i == 0 and grid[0]:
                 new = grid[0] ** 2 / grid[1]
             elif i == len(grid) - 1:
@@ -214,6 +223,12 @@ class Plan:
     def chosen(self, trials: Sequence[Trial]) -> dict[str, float]:
         """The radius of each arm that has one; of an arm with several, once they were tried."""
         return {arm.name: arm.rho[0] for arm in self.config.arms if len(arm.rho) == 1} | choose(trials)
+
+    def next(self, asked: CompareConfig, trials: Sequence[Trial]) -> Plan | None:
+        """The plan with one radius more for every arm; None where no arm needs it, or as many as asked for were added."""
+        added = max(len(arm.rho) - len(old.rho) for arm, old in zip(self.config.arms, asked.arms, strict=True))
+        more = extended(self.config, trials) if added < asked.extend else None
+        return None if more is None else Plan(more, self.measure, self.content)
 
     def job(self, arm: Arm, rho: float, seed: int, *, tuning: bool) -> Job:
         run = self.config.run(arm, rho=rho, seed=seed, tuning=tuning)
@@ -287,13 +302,11 @@ def compare(
     open_folder(folder, config, measure, study_id)
     try:
         with Runner(folder / "runs", executor, policy) as runner:
+            plan = Plan(as_extended(folder, config), measure, plan.content)
             trials = _tried(plan, runner)
-            for _ in range(config.extend):
-                more = extended(plan.config, trials)
-                if more is None:
-                    break
-                _describe(folder, more, measure, study_id)
-                plan = Plan(more, measure, plan.content)
+            while (more := plan.next(config, trials)) is not None:
+                _describe(folder, more.config, measure, study_id)
+                plan = more
                 trials = _tried(plan, runner)
             chosen = plan.chosen(trials)
             report = {arm.name: plan.report(arm, chosen.get(arm.name, 0.0)) for arm in plan.config.arms}

@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 
 from experiments.build import clock_of, pick_device
-from experiments.compare import holds, prepare, trial_of
+from experiments.compare import Plan, as_extended, holds, prepare, trial_of
 from experiments.config import Arm, CompareConfig, RunConfig
 from experiments.measure import MeasureConfig, observe
 from experiments.record import RunRecord
@@ -223,10 +223,12 @@ def plan_comparison(
     measure, policy = measure or MeasureConfig(), policy or Policy()
     device = pick_device(policy.device)
     plan = prepare(config, measure)
-    folder = folder or plan.default_folder
-    holds(folder, plan.study_id)  # refuses a folder of something else
+    study_id, folder = plan.study_id, folder or plan.default_folder
+    known = holds(folder, study_id)  # refuses a folder of something else
     policy.check(config.data, folder / "runs")
     store = Store(folder / "runs")
+    plan, left = _extended(plan, as_extended(folder, config) if known else config, store)
+    config = plan.config
     timed: dict[str, Pace] = {}
     arms = []
 
@@ -267,7 +269,22 @@ def plan_comparison(
                 report_seconds=seconds(arm, report, tuning=False),
             )
         )
-    return StudyPlan(plan.study_id, folder, tuple(arms), processes, TIMED if timed else KEPT, config.extend)
+    return StudyPlan(study_id, folder, tuple(arms), processes, TIMED if timed else KEPT, left)
+
+
+def _extended(asked: Plan, config: CompareConfig, store: Store) -> tuple[Plan, int]:
+    """The plan with the grids as far as finished runs tell how they are extended, and how many more radii there may be
+    for every arm."""
+    plan: Plan | None = Plan(config, asked.measure, asked.content)
+    while plan is not None:
+        now, tuning = plan, plan.tuning()
+        kept = {cell: _kept(store, jobs) for cell, jobs in tuning.items()}
+        added = max(len(a.rho) - len(b.rho) for a, b in zip(now.config.arms, asked.config.arms, strict=True))
+        left = max(0, asked.config.extend - added)
+        if any(len(kept[cell]) < len(jobs) for cell, jobs in tuning.items()):
+            return now, left
+        plan = now.next(asked.config, [trial_of(arm, rho, found) for (arm, rho), found in kept.items()])
+    return now, 0
 
 
 @dataclass(frozen=True)

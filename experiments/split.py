@@ -143,30 +143,19 @@ def make_split(
     has_own_test = data.num_own_test > 0
     usable = np.arange(data.num_train)
     if has_own_test:
-        development, test_pool = usable, np.arange(data.num_train, len(y))
-        test_rng, default_test = _stream(0, "own test split"), len(test_pool)
+        development = usable
     else:
         development = _draw(usable, y, round(DEVELOPMENT_SHARE * len(y)), _stream(0, "development pool"))
-        test_pool = np.setdiff1d(usable, development)
-        third = round(len(y) / 3 / data.num_classes) * data.num_classes
-        test_rng, default_test = _stream(seed, "test"), max(1, min(third, len(test_pool)))
-    n_test = default_test if n_test is None else n_test
-    if not 1 <= n_test <= len(test_pool):
-        share = "of its own test split" if has_own_test else f"outside its development pool of {len(development)}"
-        raise InputError(f"n_test = {n_test}, but {data.name} has 1 to {len(test_pool)} images to test, those {share}")
-
-    test = test_pool[:0] if tuning else _draw(test_pool, y, n_test, test_rng)
+    test = _test_images(data, development, seed, n_test)
+    if tuning:
+        test = test[:0]
     pool = development if tuning else np.setdiff1d(usable, test)
     n_train, n_val = _sizes(data, n_train, n_val, len(development), len(pool), tuning)
     mode = "tuning" if tuning else "report"
     val = _draw(pool, y, n_val, _stream(seed, "split", mode, "val"))
     train = _draw(np.setdiff1d(pool, val), y, n_train, _stream(seed, "split", mode, "train"))
 
-    noisy = y[train]  # a copy
-    rng = _stream(seed, "label_noise", mode)
-    chosen = np.argsort(rng.random(n_train), kind="stable")[: round(label_noise * n_train)]
-    noisy[chosen] = (rng.random(len(chosen)) * data.num_classes).astype(np.int64)
-
+    noisy = _redrawn(y[train], label_noise, data.num_classes, _stream(seed, "label_noise", mode))
     images = data.images.using(workers)
     train_index, val_index, test_index = (torch.from_numpy(ids) for ids in (train, val, test))
     mean, std, num_moments = images.moments(train_index, derive_seed(seed, "moments", mode))
@@ -188,6 +177,32 @@ def make_split(
         std=std,
         num_moments=num_moments,
     )
+
+
+def _test_images(data: ImageSet, development: Ids, seed: int, n_test: int | None) -> Ids:
+    """The test images of a report split: of an own test split the same for all seeds, else from outside the development
+    pool."""
+    y: Ids = data.y.numpy()
+    if data.num_own_test > 0:
+        pool = np.arange(data.num_train, len(y))
+        rng, default, share = _stream(0, "own test split"), len(pool), "of its own test split"
+    else:
+        pool = np.setdiff1d(np.arange(data.num_train), development)
+        third = round(len(y) / 3 / data.num_classes) * data.num_classes
+        rng, default = _stream(seed, "test"), max(1, min(third, len(pool)))
+        share = f"outside its development pool of {len(development)}"
+    n_test = default if n_test is None else n_test
+    if not 1 <= n_test <= len(pool):
+        raise InputError(f"n_test = {n_test}, but {data.name} has 1 to {len(pool)} images to test, those {share}")
+    return _draw(pool, y, n_test, rng)
+
+
+def _redrawn(y: Ids, share: float, num_classes: int, rng: np.random.Generator) -> Ids:
+    """A copy of the labels in which exactly ``round(share * len(y))`` are redrawn uniformly from all classes."""
+    noisy = y.copy()
+    chosen = np.argsort(rng.random(len(y)), kind="stable")[: round(share * len(y))]
+    noisy[chosen] = (rng.random(len(chosen)) * num_classes).astype(np.int64)
+    return noisy
 
 
 def _sizes(

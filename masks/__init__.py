@@ -6,6 +6,7 @@ from masks.errors import BuilderError, InputError, MaskError, MaskFileError
 from masks.mask import LayerCount, Mask, Part, Provenance
 from masks.options import Option
 from masks.params import ParamRow, ParamTable, Role, register_norm_type
+from masks.per_example import OneByOneWarning
 from masks.region import Region
 from masks.registry import (
     MaskInfo,
@@ -35,6 +36,7 @@ __all__ = [
     "MaskFileError",
     "MaskInfo",
     "MaskSpec",
+    "OneByOneWarning",
     "Option",
     "ParamRow",
     "ParamTable",

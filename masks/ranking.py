@@ -12,9 +12,10 @@ from torch import Tensor
 _FEW = 2**14
 """So many scores are simply copied; of more, n, at most ``6 n^(2/3)``: 6 % of a million, 1.3 % of 1e8."""
 _SORTED = 2**17
-"""Of so few scores in one tensor, less than an eighth is found soonest by sorting the best ones."""
+"""Of so few scores less than an eighth is found soonest by sorting the best ones."""
 _CHUNK, _CHUNK_ELSEWHERE = 2**16, 2**26
-"""Scores compared at a time: on a CPU as many as stay in its cache; elsewhere few large operations are better."""
+"""Scores compared at a time: on a CPU as many as stay in its cache; elsewhere few large operations are better. Smaller
+tensors are copied together, for as long as they are compared."""
 _DEVIATIONS = 4
 
 
@@ -33,23 +34,41 @@ class Ranking:
     """
 
     def __init__(self, scores: Sequence[Tensor], *, largest: bool) -> None:
-        self._scores = [score.detach() for score in scores]
         self._largest = largest
         self._dtype = reduce(torch.promote_types, (score.dtype for score in scores))
         self._device = scores[0].device
-        self._n = sum(score.numel() for score in scores)
+        self._sizes = [score.numel() for score in scores]
+        self._n = sum(self._sizes)
         self._few = max(_FEW, round(6 * self._n ** (2 / 3)))
+        self._chunk = _CHUNK if self._device.type == "cpu" else _CHUNK_ELSEWHERE
+        self._groups = _together([score.detach() for score in scores], self._chunk)
 
     def best(self, k: int) -> list[Tensor]:
         """Which are the k best, 1 <= k <= n: one flat boolean tensor per tensor of scores."""
-        found = self._best_by_sorting(k)
-        if found is not None:
-            return [found]
+        keep = self._best_by_sorting(k)
+        return list((self._compared(k) if keep is None else keep).split(self._sizes))
+
+    def _best_by_sorting(self, k: int) -> Tensor | None:
+        """The k best of few scores; None where that is not the way, or the k-th and the next one are equal."""
+        if self._n > _SORTED or 8 * k >= self._n:
+            return None
+        flat = list(self._flat())
+        scores = flat[0] if len(flat) == 1 else torch.cat(flat)
+        values, positions = torch.topk(scores, k + 1, largest=self._largest)
+        last, following = values[k - 1 :].tolist()
+        if last == following:  # topk takes equal scores in any order
+            return None
+        return torch.zeros(self._n, dtype=torch.bool, device=self._device).index_fill_(0, positions[:k], 1)
+
+    def _compared(self, k: int) -> Tensor:
+        """The k best as those above the k-th, and the first of those equal to it."""
         threshold, better, equal = self._kth(k)
         missing = k - better
-        out = [torch.empty(score.numel(), dtype=torch.bool, device=self._device) for score in self._scores]
-        parts = (part for keep in out for part in self._cut(keep))
-        for chunk, keep in zip(self._chunks(), parts, strict=True):
+        out = torch.empty(self._n, dtype=torch.bool, device=self._device)
+        start = 0
+        for chunk in self._chunks():
+            keep = out[start : start + len(chunk)]
+            start += len(chunk)
             if missing == equal:  # all that equal the k-th are kept, mostly itself alone
                 torch.ge(chunk, threshold, out=keep)
                 continue
@@ -60,24 +79,16 @@ class Ranking:
                 missing, equal = max(0, missing - len(tied)), equal - len(tied)
         return out
 
-    def _best_by_sorting(self, k: int) -> Tensor | None:
-        """The k best of few scores; None where that is not the way, or the k-th and the next one are equal."""
-        if len(self._scores) > 1 or self._n > _SORTED or 8 * k >= self._n:
-            return None
-        values, positions = torch.topk(self._scores[0].reshape(-1), k + 1, largest=self._largest)
-        last, following = values[k - 1 :].tolist()
-        if last == following:  # topk takes equal scores in any order
-            return None
-        return torch.zeros(self._n, dtype=torch.bool, device=self._device).index_fill_(0, positions[:k], 1)
-
-    def _cut(self, flat: Tensor) -> Sequence[Tensor]:
-        return torch.split(flat, _CHUNK if self._device.type == "cpu" else _CHUNK_ELSEWHERE)
+    def _flat(self) -> Iterator[Tensor]:
+        """All scores in order, small tensors joined, in one dtype on one device."""
+        for group in self._groups:
+            parts = [score.reshape(-1).to(self._device, self._dtype) for score in group]
+            yield parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _chunks(self) -> Iterator[Tensor]:
-        """All scores in order; the smallest are best made the largest by their sign."""
-        for score in self._scores:
-            for chunk in self._cut(score.reshape(-1)):
-                chunk = chunk.to(self._device, self._dtype)
+        """The same in pieces; the smallest are best made the largest by their sign."""
+        for flat in self._flat():
+            for chunk in torch.split(flat, self._chunk):
                 yield chunk if self._largest else -chunk
 
     def _kth(self, k: int) -> tuple[float, int, int]:
@@ -117,9 +128,9 @@ class Ranking:
         generator = torch.Generator().manual_seed(self._n)
         rate = self._n ** (-1 / 3)
         parts: list[Tensor] = []
-        for flat in (score.reshape(-1) for score in self._scores if score.numel()):
+        for flat in self._flat():
             drawn = torch.randint(len(flat), (math.ceil(rate * len(flat)),), generator=generator)
-            parts.append(flat[drawn.to(flat.device)].to(self._device, self._dtype))
+            parts.append(flat[drawn.to(flat.device)])
         sample = torch.cat(parts) if self._largest else -torch.cat(parts)
         sample = sample[_inside(sample, low, high)]
         m = len(sample)
@@ -146,6 +157,21 @@ class Ranking:
 
     def _count(self, compare: Callable[[Tensor, float], Tensor], bound: float) -> int:
         return sum(int(torch.count_nonzero(compare(chunk, bound))) for chunk in self._chunks())
+
+
+def _together(scores: Sequence[Tensor], most: int) -> list[list[Tensor]]:
+    """The tensors in order, divided into groups: each of one tensor, or of several with at most so many scores."""
+    groups: list[list[Tensor]] = []
+    room = -1
+    for score in scores:
+        if not score.numel():
+            continue
+        room -= score.numel()
+        if room < 0:
+            groups.append([])
+            room = most - score.numel()
+        groups[-1].append(score)
+    return groups
 
 
 def _inside(scores: Tensor, low: float | None, high: float | None) -> Tensor:

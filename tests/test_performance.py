@@ -39,24 +39,31 @@ def test_a_changed_result_changes_the_page(tmp_path: Path) -> None:
 
 
 def test_a_row_that_misses_is_profiled_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    taken = {"twice": {"a": 6.0, "b": 4.0, "c": 0.01}, "once": {"a": 3.0, "d": 1.0}}
-    monkeypatch.setattr(profiles, "milliseconds", lambda step: taken[step()])
-    steps = {name: lambda name=name: name for name in taken}
+    taken = {"twice": {"a": 0.6, "b": 0.4, "c": 0.001}, "once": {"a": 0.75, "d": 0.25}}
+    calls: list[str] = []
+    monkeypatch.setattr(profiles, "shares", lambda step: taken[step()])
+    steps = {name: lambda name=name: calls.append(name) or name for name in taken}
     found = {"median": 2.0, "q1": 2.0, "q3": 2.0}
     met, untold = Row("a", found, "b", at_most=2.0), Row("a", found, "b")
     assert profiles.explained(met, steps, "twice", "once") is met
     assert profiles.explained(untold, steps, "twice", "once") is untold
-    parts = profiles.explained(Row("a", found, "b", at_most=1.0), steps, "twice", "once", times=3).profile
+    assert not calls
+    row = profiles.explained(Row("a", found, "b", at_most=1.0), steps, "twice", "once", lambda: calls.append("before"))
+    assert calls[::2] == ["before"] * 2 * profiles.ROUNDS
+    assert sorted(calls[1::2]) == ["once"] * profiles.ROUNDS + ["twice"] * profiles.ROUNDS
+    parts = row.profile
     assert parts is not None
     assert list(parts) == ["a", "b", "d", "all else", "together"]
-    assert (parts["a"], parts["b"], parts["d"]) == ((6.0, 9.0), (4.0, 0.0), (0.0, 3.0))
-    assert parts["all else"] == pytest.approx((0.01, 0.0))
-    assert parts["together"] == pytest.approx((10.01, 12.0))
+    assert parts["a"] == pytest.approx((1.2 / 1.001, 0.75))
+    assert parts["d"] == (0.0, 0.25)
+    assert parts["all else"] == pytest.approx((0.002 / 1.001, 0.0))
+    assert parts["together"] == (2.0, 1.0)
 
 
-def test_milliseconds_by_kind() -> None:
+def test_shares_by_kind() -> None:
     x = torch.randn(300, 300)
-    found = profiles.milliseconds(lambda: (x @ x, x.sin()))
+    found = profiles.shares(lambda: (x @ x, x.sin()))
+    assert sum(found.values()) == pytest.approx(1)
     assert found["products and convolutions"] > 0
     assert found["other operators, mostly elementwise"] > 0
     assert min(found.values()) >= 0

@@ -134,6 +134,7 @@ def test_the_frozen_part_of_a_fisher_trace_makes_no_graph(case):
         assert any(bool(g.any()) for g in gradients)
 
 
+@pytest.mark.filterwarnings("ignore::masks.OneByOneWarning")
 def test_fisher_trace_where_vmap_cannot_run_the_model():
     model, x, y = softmax_regression()
 

@@ -17,7 +17,9 @@ from experiments.executors.base import Executor
 from experiments.measure import MeasureConfig
 from experiments.runner import Policy
 from experiments.worker import Outcome, Task
+from masks import mask_info, registry
 from tests.experiments.by_hand import Watch, watching
+from tests.experiments.made_up import Made, making
 
 TINY = {"n_train": 100, "n_val": 30, "n_test": 50, "width": 4, "epochs": 2, "batch_size": 32, "lr": 0.1}
 QUIET = Policy(device="cpu", quiet=True)
@@ -95,6 +97,13 @@ def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
             del sys.modules[name]
 
 
+@pytest.fixture
+def own_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Masks registered inside, by hand or by a plugin, are forgotten."""
+    mask_info("norm")
+    monkeypatch.setattr(registry, "_registry", dict(registry._registry))
+
+
 @pytest.fixture(scope="session")
 def digits() -> ImageSet:
     return load_data("digits")
@@ -104,3 +113,9 @@ def digits() -> ImageSet:
 def watched(monkeypatch: pytest.MonkeyPatch) -> Watch:
     """Trains and notes what every step was given."""
     return watching(monkeypatch)
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> Made:
+    """Makes comparisons that were never run."""
+    return making(monkeypatch)

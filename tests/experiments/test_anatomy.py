@@ -13,17 +13,10 @@ from torch import nn
 from experiments.anatomy import Anatomy, AnatomyReport, Target, build_all, describe_all
 from experiments.checkpoint import save_checkpoint
 from experiments.models import build_model
-from masks import Mask, MaskContext, list_masks, mask_info, register_mask, register_score, registry
+from masks import Mask, MaskContext, list_masks, register_mask, register_score
 from masks.errors import InputError
 
 BUDGETED = {"dynamic", "random", "random_depth", "magnitude", "fisher", "snip", "gradient"}
-
-
-@pytest.fixture
-def own_masks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Masks registered inside are forgotten."""
-    mask_info("norm")
-    monkeypatch.setattr(registry, "_registry", dict(registry._registry))
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ from experiments.compare import Comparison, Trial, check_arms, choose, compare, 
 from experiments.config import Arm, CompareConfig, RunConfig
 from experiments.data import load_data
 from experiments.measure import MeasureConfig
+from experiments.plan import plan_comparison
 from experiments.record import RunRecord
 from experiments.report.folder import load_comparison
 from experiments.runner import RunFailed
@@ -94,6 +95,8 @@ def test_between_the_best_radius_and_its_better_neighbour_wherever_they_are() ->
     assert radii(extended(config, trials)) == {"all": 2.82843, "norm": 4.0}
     config, trials = grids({"all": {1.0: 0.9, 0.0: 0.95}, "norm": {2.0: 0.9, 0.0: 0.8}})
     assert radii(extended(config, trials)) == {"all": 0.5, "norm": 4.0}
+    config, trials = grids({"all": {1.0: 0.9, 0.0: 0.95}})
+    assert extended(config, trials) is None, "below 0 there is nothing to try"
 
 
 def test_grids_are_extended_until_the_best_lies_inside(
@@ -109,10 +112,44 @@ def test_grids_are_extended_until_the_best_lies_inside(
     assert found.chosen == {"all": 1e-10, "norm": 1e-10}
     loaded = load_comparison(folder).comparison
     assert (loaded.config, loaded.trials, loaded.chosen) == (found.config, found.trials, found.chosen)
-    before = {path: path.stat().st_mtime_ns for path in folder.rglob("result.json")}
+    before = {path: path.read_bytes() for path in folder.rglob("*.json")}
     repeated = compare(asked, folder, measure=measured, policy=QUIET)
-    assert {path: path.stat().st_mtime_ns for path in folder.rglob("result.json")} == before
+    assert {path: path.read_bytes() for path in folder.rglob("*.json")} == before
     assert repeated.trials == found.trials
+    planned = plan_comparison(asked, folder, measure=measured, policy=QUIET)
+    assert [(arm.rho, arm.chosen, arm.tuning_done, arm.tuning_runs) for arm in planned.arms[1:]] == [
+        (found.config.arms[1].rho, 1e-10, 10, 10)
+    ] * 2
+    assert (planned.extend, planned.seconds_left) == (0, 0)
+
+
+def test_a_comparison_is_extended_later_and_where_it_was_interrupted(
+    tiny_comparison: Make, tmp_path: Path, measured: MeasureConfig, serial: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = tiny_comparison(arms=(Arm("all", "all", (1e-7, 1e-6)),), seeds=2)
+    folder = tmp_path / "study"
+    assert compare(asked, folder, measure=measured, policy=QUIET).chosen == {"all": 1e-7}
+    further = replace(asked, extend=2)
+    planned = plan_comparison(further, folder, measure=measured, policy=QUIET)
+    assert (planned.arms[1].rho, planned.arms[1].tuning_done, planned.extend) == ((1e-7, 1e-6, 1e-8), 4, 1)
+    tried, calls = module._tried, []
+
+    def interrupted(*arguments: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return tried(*arguments)
+
+    monkeypatch.setattr(module, "_tried", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        compare(further, folder, measure=measured, policy=QUIET)
+    grid = json.loads((folder / "study.json").read_text())["config"]["arms"][1]["rho"]
+    assert grid == [1e-7, 1e-6, 1e-8, 1e-9]
+    found = compare(further, folder, measure=measured, policy=QUIET)
+    assert found.config.arms[1].rho == tuple(grid)
+    # Once tried, a radius is not forgotten: the same folder, asked without extension.
+    assert compare(asked, folder, measure=measured, policy=QUIET).trials == found.trials
+    assert load_comparison(folder).comparison.trials == found.trials
 
 
 @pytest.mark.parametrize("extend", [-1, 13])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,16 +14,10 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from analysis import accuracy_interval
-from experiments import table as module
-from experiments.by_method import methods_frame, methods_notes, methods_shown, placed
-from experiments.compare import Comparison, Trial
-from experiments.config import Arm, CompareConfig
-from experiments.measure import MeasureConfig
-from experiments.record import RunRecord
-from experiments.table import Row, Table, build_table, frame, matched_count, overlapping_interval, shown
-
-NUMEL = 1000
+from experiments.compare import Comparison
+from experiments.config import Arm
+from experiments.table import Row, Table, build_table, frame, matched_count, shown
+from tests.experiments.made_up import Made, measured, row_of
 
 
 @pytest.fixture(scope="module")
@@ -147,71 +141,17 @@ def test_the_text_is_the_rounded_numbers(table: Table) -> None:
     assert cells["cost (predicted)"] == f"{row.cost:.2f}x ({row.predicted_cost:.2f})"
 
 
+def test_rows_do_not_change_by_the_order_of_seeds(comparison: Comparison) -> None:
+    reversed_ = replace(comparison, records={k: tuple(reversed(v)) for k, v in comparison.records.items()})
+    one, other = frame(build_table(comparison)), frame(build_table(reversed_))
+    pd.testing.assert_frame_equal(one, other, rtol=1e-9)
+
+
 # -- against records made up here ---------------------------------------------------------------------------
-
-SIZES = {"none": 0, "all": NUMEL, "norm": 50, "random": 50}
-
-
-def measured(value: float | None, name: str = "a metric", **settings: Any) -> dict[str, Any]:
-    return {"value": value, "error": None, "n": 9, "settings": {"name": name, "converged": True, **settings}}
-
-
-def record(arm: Arm, seed: int, accuracy: float = 0.5, **changes: Any) -> RunRecord:
-    kept = SIZES.get(arm.mask.partition(":")[0], 50)
-    build = {
-        **{"epoch": 0, "step": 0, "digest": "d", "num_kept": kept, "numel": NUMEL, "num_tensors": 1},
-        **{"norm_share": 0.0 if kept else None, "jaccard_norm": 0.25, "kept_per_tensor": {}, "error": None},
-    }
-    right = round(40 * accuracy)
-    metrics = {"lambda_max": measured(2.0 + 0.1 * seed), "one_step_l2@0.1": measured(0.1, "other")}
-    result = {
-        "history": [{"loss": 1.0, "ascent": 0.25, "radius": 0.5}, {"loss": 0.5, "ascent": 0.75, "radius": 1.5}],
-        **{"mask_builds": [build], "diverged": None, "val_accuracy": 0.5, "test_accuracy": right / 40},
-        **{"test_correct": "1" * right + "0" * (40 - right), "test_index": list(range(seed, seed + 40))},
-        **{"test_is_shared": False, "train_images": 10, "val_images": 5, "test_images": 40},
-        "metrics": metrics | changes.pop("metrics", {}),
-    }
-    telemetry = {"train_seconds": 2.0, "clock": "processor time", **changes.pop("telemetry", {})}
-    environment = {"torch": "2", **changes.pop("environment", {})}
-    builds = changes.pop("builds", None)
-    if builds is not None:
-        result["mask_builds"] = [build | one for one in builds]
-    config = {"seed": seed, "label_noise": 0.2, "mask": arm.mask, "rho": 0.1, "epochs": 2}
-    return RunRecord(f"{arm.name}{seed}", arm.name, config, result | changes, telemetry, environment)
-
-
-Made = Callable[..., Comparison]
-
-
-@pytest.fixture
-def made(monkeypatch: pytest.MonkeyPatch) -> Made:
-    """A comparison whose records are made up; ``change(arm, seed)`` says in what one differs."""
-    monkeypatch.setattr(module, "predicted_costs", lambda comparison: dict.fromkeys(comparison.records))
-    three = (Arm("none", "none"), Arm("norm", "norm", (0.1, 0.2, 0.4)), Arm("random", "random", (0.1, 0.2, 0.4)))
-
-    def make(
-        change: Callable[[str, int], dict[str, Any]] = lambda arm, seed: {},
-        arms: tuple[Arm, ...] = three,
-        **settings: Any,
-    ) -> Comparison:
-        config = CompareConfig(arms=arms, **{"seeds": 8, **settings})
-        records = {
-            arm.name: tuple(record(arm, seed, **change(arm.name, seed)) for seed in config.report_seeds())
-            for arm in config.arms
-        }
-        chosen = {arm.name: sorted(arm.rho)[len(arm.rho) // 2] for arm in config.arms if arm.rho}
-        trials = tuple(Trial(arm.name, rho, 0.5, 0, 2) for arm in config.arms if len(arm.rho) > 1 for rho in arm.rho)
-        return Comparison(config, MeasureConfig(), trials, chosen, records, Path("nowhere"))
-
-    return make
 
 
 def warnings(comparison: Comparison) -> list[str]:
     return [note for note in build_table(comparison).notes if note.partition(":")[0].isupper()]
-
-
-def row_of(comparison: Comparison, arm: str) -> Row:
-    return next(row for row in build_table(comparison).rows if row.arm.name == arm)
 
 
 def test_a_clean_comparison_has_no_warning(made: Made) -> None:
@@ -264,7 +204,8 @@ def test_a_radius_at_the_edge_of_its_grid(made: Made, rho: float, edge: bool) ->
     assert row.rho_at_edge == edge
     assert shown(build_table(comparison)).loc["norm", "rho"] == f"{rho:g}" + "*" * edge
     assert warnings(comparison) == edge * [
-        f"RHO AT THE EDGE: for norm the best of 0.1, 0.2, 0.4 is {rho:g}; widen its grid before quoting its line."
+        f"RHO AT THE EDGE: for norm the best of 0.1, 0.2, 0.4 is {rho:g}; widen its grid (--extend 4) before quoting "
+        "its line."
     ]
 
 
@@ -314,7 +255,8 @@ def test_a_metric_that_could_not_be_measured_everywhere(made: Made) -> None:
     assert warnings(comparison) == [
         "METRIC INCOMPLETE: norm: 3 seeds without, 0 not converged: a metric.",
         "METRIC INCOMPLETE: random: 0 seeds without, 8 not converged: a metric.",
-        "METRIC INCOMPLETE: random: 8 seeds without, 0 not converged: one_step_l2@0.1: too few.",
+        "METRIC INCOMPLETE: random: 8 seeds without, 0 not converged: one_step_l2@0.1: too few; compare with "
+        "--sharpness-m 10 or less.",
     ]
 
 
@@ -434,101 +376,6 @@ def test_one_seed_has_no_interval_and_no_p_value(made: Made) -> None:
     assert warnings(comparison)[0].startswith("TOO FEW SEEDS")
 
 
-# -- methods by masks ---------------------------------------------------------------------------------------
-
-FAMILY = ("sam", "friendly_sam")
-
-
-@pytest.fixture
-def family(made: Made) -> Comparison:
-    """Two methods under two masks, one with its own, and one cell that was not compared; all with other numbers."""
-    arms = CompareConfig(masks="all,norm", methods=f"{','.join(FAMILY)},ssam_f", rho_grid="0.1,0.2,0.4").arms
-    kept = tuple(arm for arm in arms if arm.name != "friendly_sam/norm")
-
-    def change(arm: str, seed: int) -> dict[str, Any]:
-        more = {"diverged": "it ended above its start"} if (arm, seed) == ("sam/norm", 2) else {}
-        return {"accuracy": 0.5 + 0.05 * [a.name for a in kept].index(arm) + 0.025 * (seed % 2), **more}
-
-    comparison = made(change, arms=kept)
-    comparison.chosen["ssam_f"] = 0.4
-    return comparison
-
-
-def test_methods_by_masks_are_the_numbers_of_the_arms(family: Comparison) -> None:
-    table = build_table(family)
-    rows = {row.arm.name: row for row in table.rows}
-    places = {place: row.arm.name for place, row in placed(table.rows).items()}
-    assert places == {
-        ("sam", "all"): "sam/all",
-        ("sam", "norm"): "sam/norm",
-        ("friendly_sam", "all"): "friendly_sam/all",
-        ("ssam_f", "own mask"): "ssam_f",
-    }
-    text = methods_shown(table)
-    assert text is not None
-    assert list(text.columns) == ["all", "norm", "own mask"]
-    assert list(dict.fromkeys(text.index.get_level_values(0))) == ["sam", "friendly_sam", "ssam_f"]
-    numbers = methods_frame(table).set_index(["method", "column"])
-    arms = frame(table).set_index("arm")
-    for (method, column), name in places.items():
-        row, i = rows[name], list(rows).index(name)
-        accuracy, gain = row.accuracy, row.gain
-        assert gain is not None
-        assert accuracy.value == pytest.approx(
-            np.mean([round(40 * (0.5 + 0.05 * i + 0.025 * (s % 2))) / 40 for s in range(8)])
-        )
-        got = text.loc[method, column]
-        assert got["accuracy %"] == (
-            f"{100 * accuracy.value:.1f} [{100 * accuracy.low:.1f}, {100 * accuracy.high:.1f}]"
-            + (" (!)" if name == "sam/norm" else "")
-        )
-        assert got["gain"] == f"{5.0 * i:+.1f} [{100 * gain.low:+.1f}, {100 * gain.high:+.1f}]"
-        assert got["rho"] == {"ssam_f": "0.4* (fisher)"}.get(name, "0.2")
-        pd.testing.assert_series_equal(
-            numbers.loc[(method, column)].drop("arm"), arms.loc[name].drop("method"), check_names=False
-        )
-    assert set(text.loc["friendly_sam", "norm"]) == {""}
-    assert set(text.loc["ssam_f", "all"]) == {""}
-
-
-def test_notes_of_methods_by_masks_say_what_was_tuned(family: Comparison) -> None:
-    base, tuned, fixed = methods_notes(family, build_table(family))
-    assert base.startswith("Baseline: none, the base optimizer alone: 51.2 [")
-    assert (
-        "Tuned for each method under each mask by itself: rho, on validation images of 2 other seeds, from "
-        "sam/all 0.1, 0.2, 0.4; sam/norm 0.1, 0.2, 0.4; friendly_sam/all 0.1, 0.2, 0.4; ssam_f 0.1, 0.2, 0.4. "
-        "Not tuned: options of methods" in tuned
-    )
-    assert fixed == "Settings that methods bring: ssam_f has mask fisher@every=1, norm_scope full."
-    table = build_table(family)
-    assert "Masks: ssam_f is fisher, built every epoch; all others" in " ".join(table.notes)  # not "sam/all is all"
-
-
-def test_methods_by_masks_without_tuning(made: Made) -> None:
-    comparison = made(arms=CompareConfig(masks="norm", methods="sam", rho_grid="0.1").arms)
-    _, tuned = methods_notes(comparison, build_table(comparison))
-    assert tuned == "Nothing was tuned for any method and mask: rho was given."
-
-
-def test_without_methods_there_is_no_such_table(made: Made) -> None:
-    comparison = made()
-    table = build_table(comparison)
-    assert methods_shown(table) is None
-    assert methods_notes(comparison, table) == []
-
-
-def test_arms_of_a_file_are_placed_by_their_mask(made: Made) -> None:
-    arms = (
-        *(Arm("none", "none"), Arm("mine", "random", (0.1,), method="sam")),
-        *(Arm("longer", "random", (0.1,), 2, method="sam"), Arm("without", "norm", (0.1,))),
-    )
-    found = placed(build_table(made(arms=arms)).rows)
-    assert {place: row.arm.name for place, row in found.items()} == {
-        ("sam", "random"): "mine",
-        ("sam", "longer"): "longer",  # the place is taken
-    }
-
-
 def test_the_method_of_a_comparison_is_said(made: Made) -> None:
     notes = build_table(made(method="asam")).notes
     assert "Method: asam, in every arm with a mask that does not name another one." in notes
@@ -556,90 +403,3 @@ def test_arms_with_other_initial_weights_are_pointed_out(made: Made) -> None:
     arms = (Arm("none", "none"), Arm("mup", "norm", (0.1,), method="mup_sam:base_width=4"), Arm("all", "all", (0.1,)))
     (warning,) = warnings(made(arms=arms))
     assert warning.startswith("OTHER INITIAL WEIGHTS: mup: their initial weights and learning rates are scaled")
-
-
-# -- the interval of an accuracy ----------------------------------------------------------------------------
-
-
-def test_shared_test_images_get_the_crossed_interval(made: Made) -> None:
-    rng = np.random.default_rng(0)
-    texts = {s: "".join(map(str, rng.integers(0, 2, 40))) for s in range(8)}
-
-    def change(arm: str, seed: int) -> dict[str, Any]:
-        text = texts[seed]
-        return {"test_correct": text, "test_accuracy": text.count("1") / 40, "test_is_shared": True, "test_index": None}
-
-    comparison = made(change)
-    wanted = accuracy_interval(np.array([[int(c) for c in texts[s]] for s in range(8)]))
-    assert row_of(comparison, "norm").accuracy == wanted
-    notes = " ".join(build_table(comparison).notes)
-    assert "the same for all seeds" in notes
-    assert "given these test images" in notes
-
-
-def test_redrawn_test_images_get_the_interval_that_counts_their_overlap(comparison: Comparison) -> None:
-    for name, row in {row.arm.name: row for row in build_table(comparison).rows}.items():
-        records = comparison.records[name]
-        right = [
-            {i: int(c) for i, c in zip(r.result["test_index"], r.result["test_correct"], strict=True)} for r in records
-        ]
-        means = [sum(r.values()) / 50 for r in right]
-        products, overlaps = [], []
-        for a, b in itertools.combinations(range(3), 2):
-            both = right[a].keys() & right[b].keys()
-            products += [(right[a][i] - means[a]) * (right[b][i] - means[b]) for i in both]
-            overlaps.append(len(both) / 50**2)
-        covariance = max(0.0, sum(products) / len(products) * 50 / 49)
-        variance = np.var(means, ddof=1) / 3 + covariance * np.mean(overlaps)
-        assert row.accuracy.value == pytest.approx(np.mean(means))
-        assert row.accuracy.standard_error == pytest.approx(math.sqrt(variance))
-        assert 0 <= row.accuracy.low < row.accuracy.value < row.accuracy.high <= 1
-        assert len({len(r) for r in right}) == 1
-
-
-def test_with_one_test_set_it_is_the_crossed_design() -> None:
-    rng = np.random.default_rng(3)
-    difficulty, skill = rng.normal(size=60), rng.normal(size=6, scale=0.5)
-    correct = rng.random((6, 60)) < 1 / (1 + np.exp(-1 - difficulty - skill[:, None]))
-    index = [np.arange(60) + 7] * 6
-    ours, crossed = overlapping_interval(list(correct), index), accuracy_interval(correct)
-    assert ours.value == pytest.approx(crossed.value)
-    assert ours.standard_error == pytest.approx(crossed.standard_error, rel=1e-12)
-    assert (ours.low, ours.high) == pytest.approx((crossed.low, crossed.high), abs=5e-3)
-
-
-def test_its_coverage_is_what_it_says_where_that_of_the_seeds_alone_is_not() -> None:
-    rng = np.random.default_rng(0)
-    hits = {"ours": 0, "t": 0}
-    trials, n, size, pool = 400, 8, 120, 216
-    grid = rng.normal(size=200_000)
-    truth = float(np.mean(1 / (1 + np.exp(-1.5 - 1.5 * grid))))  # over all images there could be
-    for _ in range(trials):
-        difficulty = rng.normal(size=pool)
-        index = [rng.choice(pool, size, replace=False) for _ in range(n)]
-        p = 1 / (1 + np.exp(-1.5 - 1.5 * difficulty))
-        correct = [rng.random(size) < p[i] for i in index]
-        ours = overlapping_interval(correct, index)
-        hits["ours"] += ours.low <= truth <= ours.high
-        _, low, high = by_hand_interval([c.mean() for c in correct])
-        hits["t"] += low <= truth <= high
-    assert 0.92 <= hits["ours"] / trials <= 0.98
-    assert hits["t"] / trials < 0.85
-
-
-def test_extremes_of_accuracy() -> None:
-    index = [np.arange(s, s + 20) for s in range(4)]
-    perfect = overlapping_interval([np.ones(20, bool)] * 4, index)
-    assert (perfect.value, perfect.high) == (1, 1)
-    assert perfect.low == pytest.approx(stats.beta.ppf(0.025, 23, 1))  # Clopper and Pearson, 23 of 23 images
-    hopeless = overlapping_interval([np.zeros(20, bool)] * 4, index)
-    assert (hopeless.low, hopeless.value) == (0, 0)
-    same = overlapping_interval([np.arange(20) < 10] * 4, [np.arange(20) + 20 * s for s in range(4)])
-    assert (same.low, same.value, same.high) == (0.5, 0.5, 0.5)  # disjoint images, no spread at all
-    assert math.isnan(overlapping_interval([np.arange(20) < 10], index[:1]).low)
-
-
-def test_rows_do_not_change_by_the_order_of_seeds(comparison: Comparison) -> None:
-    reversed_ = replace(comparison, records={k: tuple(reversed(v)) for k, v in comparison.records.items()})
-    one, other = frame(build_table(comparison)), frame(build_table(reversed_))
-    pd.testing.assert_frame_equal(one, other, rtol=1e-9)

@@ -87,6 +87,8 @@ def test_built_in_masks() -> None:
 def test_unknown_names_are_answered_with_near_ones() -> None:
     with pytest.raises(MaskError, match=r"^unknown mask 'magnitud'; did you mean magnitude"):
         mask_info("magnitud")
+    with pytest.raises(MaskError, match=r"one of your own is known with --plugin MODULE$"):
+        mask_info("magnitud")
     with pytest.raises(MaskError, match=r"^unknown mask 'xyzzy'; known: all, .*fisher, gradient, "):
         mask_info("xyzzy")
 

@@ -9,7 +9,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from masks import Batch, Budget, MaskContext, MaskError, build_mask, cross_entropy, per_example, scoring, top_k
+from masks import (
+    Batch,
+    Budget,
+    MaskContext,
+    MaskError,
+    OneByOneWarning,
+    build_mask,
+    cross_entropy,
+    per_example,
+    scoring,
+    top_k,
+)
 from masks.builders.gradient import score_gradient, score_snip
 from masks.scoring import mean_gradient, mean_squared_gradients
 
@@ -165,6 +176,7 @@ def squared_by_hand(context: MaskContext) -> list[Tensor]:
     return [(t / len(x)).detach() for t in total]
 
 
+@pytest.mark.filterwarnings("ignore::masks.OneByOneWarning")
 def test_fisher_is_the_mean_of_squares_and_vmap_equals_the_loop(model: nn.Module, vmapped: list[int]) -> None:
     batches = data((8, 8, 3), (5,), 3)
     context = MaskContext(model, batches=batches)
@@ -176,6 +188,26 @@ def test_fisher_is_the_mean_of_squares_and_vmap_equals_the_loop(model: nn.Module
     assert vmapped == []
     sampled = mean_squared_gradients(context, "model")
     assert_all_close(mean_squared_gradients(MaskContext(Branching(model), batches=batches), "model"), sampled)
+
+
+def test_a_model_that_vmap_cannot_run_is_said_once(regression: nn.Linear) -> None:
+    """With the model and the reason, whatever the number of batches and masks; and only where it costs something."""
+    several = MaskContext(Branching(regression), batches=data((8, 8, 3), (4,), 3))
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("default")  # Python's own choice
+        for _ in range(2):
+            build_mask("fisher", several, Budget(3, 15))
+    (warning,) = found
+    assert warning.category is OneByOneWarning
+    assert "of Branching are computed one by one" in str(warning.message)
+    assert "cannot run model and loss (RuntimeError: vmap: It looks like you're " in str(warning.message)
+    assert len(str(warning.message)) < 500
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mean_squared_gradients(MaskContext(Branching(regression), batches=data((1, 1), (4,), 3)), "data")
+        mean_squared_gradients(MaskContext(regression, batches=data((8, 3), (4,), 3)), "data")
+        with pytest.raises(MaskError, match="one value per example"):  # not a failure of vmap
+            build_mask("fisher", MaskContext(regression, batches=data((6,), (4,), 3), loss=mean_loss), Budget(3, 15))
 
 
 def test_fisher_in_chunks(model: nn.Module, vmapped: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,6 +288,7 @@ def test_scores_do_not_depend_on_running_statistics_or_mode() -> None:
     assert_all_close(mean_gradient(MaskContext(model, batches=batches)), first)
 
 
+@pytest.mark.filterwarnings("ignore::masks.OneByOneWarning")
 def test_scoring_under_no_grad(model: nn.Module) -> None:
     batches = data((8, 3), (5,), 3)
     wanted = mean_gradient(MaskContext(model, batches=batches))
@@ -268,6 +301,7 @@ def test_scoring_under_no_grad(model: nn.Module) -> None:
     assert not any(t.requires_grad for t in [*wanted, *squares, *looped])
 
 
+@pytest.mark.filterwarnings("ignore::masks.OneByOneWarning")
 def test_another_loss(regression: nn.Linear) -> None:
     def squares(logits: Tensor, targets: Tensor) -> Tensor:
         return (logits - nn.functional.one_hot(targets, 3)).square().sum(1)

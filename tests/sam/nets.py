@@ -57,9 +57,9 @@ class TinyViT(nn.Module):
         return self.head(self.norm(self.block(x))[:, 0])
 
 
-def own_settings(spec: MethodSpec, model: nn.Module) -> dict[str, Any]:
-    """Method, mask and norm scope of a method that fixes the latter two."""
-    context = MaskContext(model, batches=batches(2, seed=7))
+def own_settings(spec: MethodSpec, model: nn.Module, previous: Mask | None = None) -> dict[str, Any]:
+    """Method, mask and norm scope of a method that fixes the latter two; the mask may evolve from a previous one."""
+    context = MaskContext(model, batches=batches(2, seed=7), previous=previous)
     mask = MaskSpec.parse(spec.preset["mask"]).build(context, Budget.matching(build_mask("norm", context)))
     return {"method": spec.build(), "mask": mask, "norm_scope": spec.preset["norm_scope"]}
 

@@ -1,38 +1,37 @@
-"""Short runs that the tests of single methods share: bitwise comparisons, resuming, closed forms on the quadratic."""
+"""Short runs that the tests of single methods share: bitwise comparisons, resuming, what moves, counts of passes."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Sequence
 
-import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 
 from masks import Mask, ParamTable
-from sam import SAM, Method
+from sam import SAM, Method, MethodSpec
+from sam.step import StepStats
 from tests.sam.nets import (
     BASES,
     Batch,
-    Quadratic,
     Recorder,
     batches,
     buffers,
     build,
-    flat,
     losses,
     make,
     mixed_mask,
-    quadratic_masks,
     same_bits,
     snapshot,
     state_of,
     take,
 )
 
-NETS_AND_BASES = [("resnet", "sgd"), ("resnet", "adamw"), ("vit", "sgd"), ("vit", "adamw")]
 MASKS = ("all", "norm", "mixed")
-FORMS = ("whole", "index", "dense", "mixed", "all")
+CASES = list(itertools.product(("resnet", "vit"), MASKS, ("sgd", "adamw")))
+"""Net, mask and base optimizer of :func:`start`."""
 
 
 def mask_of(model: nn.Module, name: str) -> Mask:
@@ -53,12 +52,32 @@ def everything(model: nn.Module, optimizer: SAM) -> tuple:
     return snapshot(model), buffers(model), state_of(optimizer), torch.get_rng_state()
 
 
-def outcome(net: str, mask: str, base: str, method: Method | None, entry: str = "step_on", **options) -> tuple:
-    """Weights, running statistics, the base's state and the random generator after four steps, and the losses."""
+def trained(
+    net: str, mask: str, base: str, method: Method | None, entry: str = "step_on", **options
+) -> tuple[tuple, list[StepStats]]:
+    """Weights, running statistics, the base's state, the random generator and the losses of four steps; and their
+    statistics."""
     model, optimizer = start(net, mask, base, method, **options)
     torch.manual_seed(5)
-    seen = go(model, optimizer, batches(4), entry)
-    return (*everything(model, optimizer), seen)
+    seen, stats = [], []
+    for batch in batches(4):
+        seen += go(model, optimizer, [batch], entry)
+        stats.append(optimizer.stats)
+    return (*everything(model, optimizer), seen), stats
+
+
+def outcome(net: str, mask: str, base: str, method: Method | None, entry: str = "step_on", **options) -> tuple:
+    """What :func:`trained` leaves behind, without the statistics of its steps."""
+    return trained(net, mask, base, method, entry, **options)[0]
+
+
+def assert_same_training(a: Method, b: Method, net: str, mask: str, base: str) -> None:
+    """No bit of what is left behind differs, and no loss at w or w + eps."""
+    (one, stats), (other, others) = (trained(net, mask, base, method, rho=0.3) for method in (a, b))
+    assert same_bits(one, other)
+    assert same_bits(*([(s.loss, s.perturbed_loss) for s in found] for found in (stats, others)))
+    # A rule's radius is that of eps before it was rounded.
+    assert [float(s.radius) for s in stats] == pytest.approx([float(s.radius) for s in others], rel=3e-7)
 
 
 def resumed_and_uninterrupted(net: str, mask: str, base: str, method: Method, **options) -> tuple[list, list]:
@@ -97,51 +116,25 @@ def check_moves(net: str, mask: str, base: str, method: Method, **options) -> No
     assert any(m.any() for m in moved.values())
 
 
-def passes(net: str, method: Method, entry: str, steps: int = 3) -> tuple[int, int]:
-    """Forward and backward passes of that many steps."""
-    model, optimizer = start(net, "norm", "sgd", method)
-    count = {"forward": 0, "backward": 0}
+def passes(method: Method, entry: str = "step_on", *, steps: int = 3, size: int = 12) -> tuple[float, float]:
+    """Forward and backward passes over the whole batch per step; one over a part of it counts that part."""
+    model, optimizer = start("resnet", "all", "sgd", method)
+    forward, backward = [], []
 
     def loss_fn(batch: Batch) -> Tensor:
-        count["forward"] += 1
         values = losses(model)(batch)
-        values.register_hook(lambda _: count.__setitem__("backward", count["backward"] + 1))
+        forward.append(len(values))
+        if values.requires_grad:
+            values.register_hook(lambda _: backward.append(len(values)))
         return values
 
-    for batch in batches(steps):
+    for batch in batches(steps, size=size):
         take(optimizer, loss_fn, batch, entry)
-    return count["forward"], count["backward"]
+    return sum(forward) / size / steps, sum(backward) / size / steps
 
 
-Eps = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], np.ndarray]
-
-
-def check_quadratic(method: Method, form: str, entry: str, scope: str, eps_of: Eps, *, rho: float = 0.4) -> SAM:
-    """Five steps of SGD with momentum and weight decay on changing batches, against numpy.
-
-    Args:
-        eps_of: from weights w, gradient g, coordinates that the norm is over, and momentum (0 before the first step)
-            to eps before masking.
-    """
-    model = Quadratic()
-    mask = quadratic_masks(model)[form]
-    lr, momentum, decay = 0.02, 0.9, 0.1
-    base = torch.optim.SGD(model.parameters(), lr, momentum=momentum, weight_decay=decay)
-    optimizer = SAM(base, model, mask=mask, rho=rho, method=method, norm_scope=scope)
-    recorder = Recorder(model, model)
-    A = model.A.numpy()
-    keep = np.concatenate([part.numpy().reshape(-1) for part in mask.dense()])
-    over = keep if scope == "masked" else np.ones_like(keep)
-    w, velocity = flat(list(model.parameters())), np.zeros(model.NUMEL)
-    for t in range(5):
-        batch = model.b[[t, (t + 2) % 5]]
-        take(optimizer, recorder, batch, entry)
-        b = batch.numpy().mean(0)
-        eps = np.where(keep, eps_of(w, A @ w - b, over, velocity), 0.0)
-        moved = flat(list(recorder.weights[-1].values())) - w
-        np.testing.assert_allclose(moved, eps, rtol=1e-10, atol=1e-13)
-        np.testing.assert_allclose(float(optimizer.stats.radius), np.linalg.norm(eps), rtol=1e-11)
-        velocity = momentum * velocity + A @ (w + eps) - b + decay * w
-        w = w - lr * velocity
-        np.testing.assert_allclose(flat(list(model.parameters())), w, rtol=1e-10, atol=1e-12)
-    return optimizer
+def assert_passes_as_stated(spec: str, *, steps: int) -> None:
+    """A forward pass alone counts a third of one with its backward pass."""
+    parsed = MethodSpec.parse(spec)
+    forward, backward = passes(parsed.build(), steps=steps)
+    assert (forward + 2 * backward) / 3 == pytest.approx(parsed.info.num_passes(**parsed.options))

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
+from collections import Counter
 
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks import default_comparison, method_cost, perturb_cost, step_cost
+from benchmarks import default_comparison, method_cost, naive, perturb_cost, step_cost
 from sam import MethodSpec
 
 
@@ -46,6 +50,111 @@ def test_perturb_cost(tmp_path):
     first = result["rounds"]["moves"]
     ratio = sorted(r["seconds"]["norm"] / r["seconds"]["norm, naive SAM-ON"] for r in first)
     assert rows["norm", "naive SAM-ON"]["found"]["median"] == pytest.approx(sum(ratio) / 2)
+
+
+def weights_and_gradients(dtype=torch.float32):
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Conv2d(4, 4, 1))
+    params = list(net.to(dtype, memory_format=torch.channels_last).parameters())
+    for p in params:
+        p.grad = torch.randn_like(p)
+    return params
+
+
+def published(name, params):
+    """Both moves, and which coordinates move and which count in the norm."""
+    is_norm = [i in (2, 3) for i in range(len(params))]
+    random = [torch.rand(p.shape) < 0.25 for p in params]
+    every = [torch.ones_like(p) for p in params]
+    norm = [one * n for one, n in zip(every, is_norm, strict=True)]
+    return {
+        "sam": (lambda: naive.sam(params), every, every),
+        "sam_on": (lambda: naive.sam_on(params, is_norm), norm, norm),
+        "ssam": (lambda: naive.ssam(params, random), [m.double() for m in random], every),
+    }[name]
+
+
+@pytest.mark.parametrize("name", ["sam", "sam_on", "ssam"])
+def test_naive_references_go_to_w_plus_eps_and_back(name):
+    params = weights_and_gradients(torch.float64)
+    make, moving, counted = published(name, params)
+    move, back = make()
+    for _ in range(2):
+        before = [p.detach().clone() for p in params]
+        for p in params:
+            p.grad = torch.randn_like(p)
+        length = math.sqrt(sum(float((p.grad * c).square().sum()) for p, c in zip(params, counted, strict=True)))
+        move()
+        for p, w, m in zip(params, before, moving, strict=True):
+            torch.testing.assert_close(p, w + naive.RHO * p.grad * m / length, rtol=0, atol=1e-7)
+        back()
+        for p, w in zip(params, before, strict=True):
+            torch.testing.assert_close(p, w, rtol=0, atol=0 if name == "sam_on" else 1e-15)
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations that read or write whole tensors."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if isinstance(args[0], torch.Tensor) and args[0].ndim:
+            self.counts[func.__name__.split(".")[0]] += 1
+        return func(*args, **(kwargs or {}))
+
+    def __enter__(self):
+        self.counts = Counter()
+        return super().__enter__()
+
+
+@pytest.mark.parametrize(
+    ("name", "there", "way_back"),
+    [
+        ("sam", {"mul": 6, "add_": 6}, {"sub_": 6}),
+        ("ssam", {"mul": 12, "add_": 6}, {"sub_": 6}),
+        ("sam_on", {"clone": 6, "copy_": 2, "mul_": 2, "add_": 2}, {}),
+    ],
+)
+def test_naive_references_do_no_more_than_the_published_code(name, there, way_back):
+    """Of six tensors, two of which belong to a normalization layer; the operations as read from the authors' code."""
+    params = weights_and_gradients()
+    move, back = published(name, params)[0]()
+    move(), back()  # what is kept from step to step is made
+    with Operations() as on_the_way:
+        move()
+    with Operations() as afterwards:
+        back()
+    ignored = {"linalg_vector_norm", "norm", "detach", "alias", "set_", "unsqueeze", "stack"}
+    assert {k: n for k, n in on_the_way.counts.items() if k not in ignored} == there
+    assert {k: n for k, n in afterwards.counts.items() if k not in ignored} == way_back
+
+
+def test_the_mask_of_the_naive_reference_lies_as_the_weights_do():
+    """Else it would be read out of order, which the authors' code does not do."""
+    params = weights_and_gradients()
+    seen = []
+
+    class Strides(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.__name__.startswith("mul.") and all(isinstance(a, torch.Tensor) and a.ndim for a in args):
+                seen.append([a.stride() for a in args])
+            return func(*args, **(kwargs or {}))
+
+    move, _ = naive.ssam(params, [torch.ones(p.shape, dtype=torch.bool) for p in params])
+    with Strides():
+        move()
+    assert len(seen) == len(params)
+    assert all(a == b for a, b in seen)
+
+
+def test_settled_parameters_lie_where_they_lay():
+    params = weights_and_gradients()
+    places, before = [p.data_ptr() for p in params], [p.detach().clone() for p in params]
+    settle = naive.settling(params)
+    move, back = published("sam_on", params)[0]()
+    move(), back()
+    assert [i for i, p in enumerate(params) if p.data_ptr() != places[i]] == [2, 3]
+    settle()
+    assert [p.data_ptr() for p in params] == places
+    assert all(torch.equal(p, w) for p, w in zip(params, before, strict=True))
 
 
 @pytest.mark.slow

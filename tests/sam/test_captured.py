@@ -126,6 +126,74 @@ def test_what_the_user_holds_stays_as_it_is():
     assert optimizer.replay_rng
 
 
+def replaced_weights(model, _):
+    model[0].weight.data = model[0].weight.data.clone()
+
+
+def replaced_statistics(model, _):
+    model[1].running_mean = model[1].running_mean.clone()
+
+
+def loaded_state(_, optimizer):
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+
+def loaded_base_state(_, optimizer):
+    optimizer.base_optimizer.load_state_dict(copy.deepcopy(optimizer.base_optimizer.state_dict()))
+
+
+def other_mask_and_back(model, optimizer):
+    mask = optimizer.mask
+    optimizer.set_mask(build_mask("all", MaskContext(model)))
+    optimizer.set_mask(mask)
+
+
+def values_in_place(model, optimizer):
+    model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()})
+    for group in optimizer.param_groups:
+        group["lr"] /= 2
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+@pytest.mark.parametrize(
+    ("change", "records"),
+    [
+        (values_in_place, 1),
+        *((change, 2) for change in (replaced_weights, replaced_statistics, loaded_state, loaded_base_state)),
+        (other_mask_and_back, 2),
+    ],
+)
+def test_what_moves_in_memory_is_recorded_anew(kind, change, records):
+    """A recording knows addresses: it would go on with weights, statistics and momenta that nothing else uses."""
+    model, optimizer = make(kind)
+    recorder = Again(optimizer)
+    step = CapturedStep(optimizer, losses_of(model), recorder=recorder, eager_steps=2)
+    made = []
+    for i, batch in enumerate(batches(20)):
+        if i == 10:
+            change(model, optimizer)
+        step(batch)
+        made.append(recorder.records)
+    # Recorded in the third step, although the base optimizer's state appears in the first, and in the third after.
+    assert made == [0] * 2 + [1] * 10 + [records] * 8
+    assert step.recordings == 1
+
+
+def test_a_step_that_moves_memory_spoils_the_recordings_of_other_batches():
+    model, optimizer = make()
+    recorder = Again(optimizer)
+    step = CapturedStep(optimizer, losses_of(model), recorder=recorder, eager_steps=1)
+    large, small = batches(1)[0], batches(1, size=7)[0]
+    for _ in range(2):
+        step(large)
+    hook = optimizer.base_optimizer.register_step_post_hook(lambda *_: replaced_weights(model, optimizer))
+    step(small)
+    hook.remove()
+    assert recorder.records == 1
+    step(large)
+    assert recorder.records == 2
+
+
 def test_results_are_not_overwritten():
     model, optimizer = make()
 

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from masks import InputError, Mask, ParamTable
 from sam import SAM, Accumulated, MethodSpec, list_methods
 from sam.tape import Tape, address_of, tensors_in
-from tests.sam.nets import BASES, batches, buffers, losses, make, same_bits, snapshot, state_of
+from tests.sam.nets import BASES, batches, buffers, losses, make, own_settings, same_bits, snapshot, state_of
 
 
 class Deep(nn.Module):
@@ -39,15 +39,16 @@ def late(model: nn.Module, *prefixes: str) -> Mask:
     return Mask(table, tuple(row.name.startswith(prefixes) for row in table))
 
 
-def run(template, prefixes, reuse, *, base="sgd", steps=3, loss_of=losses, data=None, **options):
-    """All that steps leave behind, and the optimizer."""
+def run(template, prefixes, reuse, *, base="sgd", steps=3, loss_of=losses, data=None, rebuilt=None, **options):
+    """All that steps leave behind, and the optimizer; before every step ``rebuilt(model, mask)`` is the new mask."""
     model = copy.deepcopy(template)
-    optimizer = SAM(
-        BASES[base](model.parameters()), model, mask=late(model, *prefixes), rho=0.3, reuse_prefix=reuse, **options
-    )
+    options = {"mask": late(model, *prefixes), "rho": 0.3, "reuse_prefix": reuse, **options}
+    optimizer = SAM(BASES[base](model.parameters()), model, **options)
     torch.manual_seed(5)
     stats = []
     for batch in data or batches(steps):
+        if rebuilt is not None:
+            optimizer.set_mask(rebuilt(model, optimizer.mask))
         optimizer.step_on(loss_of(model), batch)
         stats += [optimizer.stats.loss, optimizer.stats.perturbed_loss, optimizer.stats.radius]
     return [stats, snapshot(model), buffers(model), state_of(optimizer), torch.get_rng_state()], optimizer
@@ -94,13 +95,39 @@ def test_the_operations_are_not_repeated():
     assert flops("off") - flops("on") == counter.get_total_flops() - classifier
 
 
-@pytest.mark.parametrize("name", [info.name for info in list_methods() if not info.needs_model])
+OWN_MASK = [info.name for info in list_methods() if "mask" in MethodSpec(info.name).preset]
+
+
+@pytest.mark.parametrize("name", [info.name for info in list_methods() if info.name not in OWN_MASK])
 def test_every_method(name):
     """Methods with other passes than a clean and a final one, too."""
     spec = MethodSpec(name)
-    if "mask" in spec.preset:
-        pytest.skip("has a mask of its own")
-    check_same(make("resnet"), method=spec.build(), norm_scope=spec.preset.get("norm_scope", "masked"))
+    method = spec.build().prepared(make("resnet"), make("resnet", width=3))
+    check_same(make("resnet"), method=method, norm_scope=spec.preset.get("norm_scope", "masked"))
+
+
+@pytest.mark.parametrize("name", OWN_MASK)
+def test_methods_with_a_mask_of_their_own(name):
+    """Rebuilt before every step, as between epochs. What comes before the first layer that is trained is reused,
+    whatever the mask keeps; under the mask norm all convolutions are."""
+    spec, model = MethodSpec(name), make("resnet")
+    model.conv1.requires_grad_(False)
+    model.bn1.requires_grad_(False)
+    masks = []
+
+    def rebuilt(model, mask):
+        masks.append(own_settings(spec, model, mask)["mask"])
+        return masks[-1]
+
+    share = check_same(model, rebuilt=rebuilt, **own_settings(spec, model))
+    assert share == 3 / 4 if name == "sam_on" else share >= 1 / 4
+    assert (masks[0] == masks[1]) == (name == "sam_on")
+
+
+@pytest.mark.parametrize(("net", "share"), [("resnet", 1 / 4), ("vit", 1 / 6)])
+def test_all_normalization_layers(net, share):
+    """SAM-ON: what is before the first of them."""
+    assert check_same(make(net), **own_settings(MethodSpec("sam_on"), make(net))) == pytest.approx(share)
 
 
 def test_norm_over_all_parameters():

@@ -1,125 +1,110 @@
-"""What the tests of single methods share: identities with SAM, steps in numpy, counts of passes, mSAM by hand."""
+"""What single methods must give, in plain numpy on the quadratic, and mSAM by hand on any net."""
 
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from torch import Tensor, nn
 
 from masks import Mask
-from sam import SAM, Method, MethodSpec
-from tests.sam.nets import (
-    BASES,
-    Quadratic,
-    Recorder,
-    batches,
-    buffers,
-    build,
-    flat,
-    losses,
-    make,
-    mixed_mask,
-    quadratic_masks,
-    same_bits,
-    snapshot,
-    state_of,
-    take,
-)
+from sam import SAM, Method
+from tests.sam.nets import Quadratic, Recorder, flat, quadratic_masks, take
 
 FORMS = ("whole", "index", "dense", "mixed", "all")
-IDENTITY_CASES = list(itertools.product(("resnet", "vit"), ("all", "norm", "mixed"), ("sgd", "adamw")))
+"""Masks of :func:`tests.sam.nets.quadratic_masks`."""
 
 
-def trained(method: Method, net: str, mask: str, base: str, *, entry: str = "step_on", steps: int = 3) -> tuple:
-    """Everything that some steps leave behind, with dropout and, on the ResNet, BatchNorm."""
-    model = make(net, dropout=0.2)
-    chosen = mixed_mask(model) if mask == "mixed" else build(model, mask)
-    optimizer = SAM(BASES[base](model.parameters()), model, mask=chosen, rho=0.3, method=method)
-    torch.manual_seed(5)
-    stats, radii = [], []
-    for batch in batches(steps):
-        take(optimizer, losses(model), batch, entry)
-        stats.append((optimizer.stats.loss, optimizer.stats.perturbed_loss.detach()))
-        radii.append(optimizer.stats.radius.item())
-    return snapshot(model), buffers(model), state_of(optimizer), stats, torch.get_rng_state(), radii
-
-
-def assert_same_training(a: Method, b: Method, net: str, mask: str, base: str, **options: Any) -> None:
-    (*one, radii), (*other, others) = (trained(method, net, mask, base, **options) for method in (a, b))
-    assert same_bits(one, other)
-    assert radii == pytest.approx(others, rel=3e-7)  # a rule's is that of eps before it was rounded
-
-
-@dataclass
+@dataclass(frozen=True)
 class World:
-    """The quadratic in numpy: L_i(w) = w^T A w / 2 - b_i^T w, and the coordinates that a mask keeps."""
+    """The quadratic in numpy before one step: L_i(w) = w^T A w / 2 - b_i^T w.
+
+    Attributes:
+        A: the Hessian.
+        b: one row per example of the step's batch.
+        keep: the coordinates that the mask keeps.
+        over: those that the norm of eps is over.
+        rho: radius.
+        velocity: the base optimizer's momentum; 0 before the first step.
+    """
 
     A: np.ndarray
     b: np.ndarray
     keep: np.ndarray
+    over: np.ndarray
     rho: float
+    velocity: np.ndarray
 
     def gradient(self, w: np.ndarray, rows: Sequence[int] | slice = slice(None)) -> np.ndarray:
         return self.A @ w - self.b[rows].mean(0)
 
     def eps(self, g: np.ndarray) -> np.ndarray:
-        return np.where(self.keep, self.rho * g / np.linalg.norm(g[self.keep]), 0)
+        return np.where(self.keep, self.rho * g / np.linalg.norm(g[self.over]), 0)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Of one step: the gradient to step with; eps of its last pass, where that is one; a move after the step, in units
+    of the learning rate."""
+
+    gradient: np.ndarray
+    eps: np.ndarray | None = None
+    after: np.ndarray | float = 0.0
+
+
+StepFn = Callable[[World, np.ndarray, int], Expected]
+"""From the world, the weights and the step's number."""
+EpsFn = Callable[[World, np.ndarray, np.ndarray], np.ndarray]
+"""From the world, the weights and the gradient to eps before masking."""
+
+
+def perturbed_by(eps_of: EpsFn) -> StepFn:
+    """A step with the gradient at w + eps."""
+
+    def step(world: World, w: np.ndarray, t: int) -> Expected:
+        eps = np.where(world.keep, eps_of(world, w, world.gradient(w)), 0.0)
+        return Expected(world.gradient(w + eps), eps)
+
+    return step
+
+
+def assert_closed_form(
+    method: Method, form: str, step: StepFn, *, entry: str = "step_on", scope: str = "masked", steps: int = 6
+) -> None:
+    """Gradients, eps and weights of steps with momentum and weight decay on changing batches equal those of numpy."""
+    model = Quadratic()
+    mask = quadratic_masks(model)[form]
+    lr, momentum, decay, rho = 0.05, 0.9, 0.1, 0.4
+    base = torch.optim.SGD(model.parameters(), lr, momentum=momentum, weight_decay=decay)
+    optimizer = SAM(base, model, mask=mask, rho=rho, method=method, norm_scope=scope)
+    recorder = Recorder(model, model)
+    keep = flat(mask.dense())
+    over = keep if scope == "masked" else np.ones_like(keep)
+    w, velocity = flat(list(model.parameters())), np.zeros(model.NUMEL)
+    for t in range(steps):
+        batch = model.b.roll(t, 1)
+        take(optimizer, recorder, batch, entry)
+        expected = step(World(model.A.numpy(), batch.numpy(), keep, over, rho, velocity), w, t)
+        if expected.eps is not None:
+            moved = flat(list(recorder.weights[-1].values())) - w
+            np.testing.assert_allclose(moved, expected.eps, rtol=1e-10, atol=1e-13)
+            np.testing.assert_allclose(float(optimizer.stats.radius), np.linalg.norm(expected.eps), rtol=1e-11)
+        np.testing.assert_allclose(
+            flat([p.grad for p in model.parameters()]), expected.gradient, rtol=1e-10, atol=1e-12
+        )
+        velocity = momentum * velocity + expected.gradient + decay * w
+        w = w - lr * velocity + lr * expected.after
+        np.testing.assert_allclose(flat(list(model.parameters())), w, rtol=1e-10, atol=1e-12)
 
 
 def perpendicular(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """The component of a orthogonal to b, by a QR decomposition."""
     q, _ = np.linalg.qr(b[:, None])
     return a - q[:, 0] * (q[:, 0] @ a)
-
-
-StepFn = Callable[[World, np.ndarray, int], tuple[np.ndarray, np.ndarray | float]]
-"""From the world, the weights and the step's number: the gradient to step with, and a move after the step."""
-
-
-def assert_closed_form(method: Method, form: str, step: StepFn, *, entry: str = "step_on", steps: int = 6) -> None:
-    """Gradients and weights of steps with momentum and weight decay equal those of plain numpy."""
-    model = Quadratic()
-    mask = quadratic_masks(model)[form]
-    lr, momentum, decay, rho = 0.05, 0.9, 0.1, 0.4
-    base = torch.optim.SGD(model.parameters(), lr, momentum=momentum, weight_decay=decay)
-    optimizer = SAM(base, model, mask=mask, rho=rho, method=method)
-    world = World(model.A.numpy(), model.b.numpy(), flat(mask.dense()), rho)
-    w, velocity = flat(list(model.parameters())), 0.0
-    for t in range(steps):
-        take(optimizer, model, model.b, entry)
-        g, after = step(world, w, t)
-        np.testing.assert_allclose(flat([p.grad for p in model.parameters()]), g, rtol=1e-10, atol=1e-12)
-        velocity = momentum * velocity + g + decay * w
-        w = w - lr * velocity + lr * after
-        np.testing.assert_allclose(flat(list(model.parameters())), w, rtol=1e-10, atol=1e-12)
-
-
-def measured_passes(spec: str, *, steps: int, size: int = 12) -> float:
-    """Forward and backward passes over the whole batch per step; a forward pass without a gradient counts a third."""
-    model = make("resnet")
-    method = MethodSpec.parse(spec).build()
-    optimizer = SAM(BASES["sgd"](model.parameters()), model, mask=build(model, "all"), method=method)
-    seen = []
-
-    def counting(batch: tuple[Tensor, Tensor]) -> Tensor:
-        seen.append(len(batch[1]) * (1 if torch.is_grad_enabled() else 1 / 3))
-        return losses(model)(batch)
-
-    for batch in batches(steps, size=size):
-        optimizer.step_on(counting, batch)
-    return sum(seen) / size / steps
-
-
-def assert_passes_as_stated(spec: str, *, steps: int) -> None:
-    parsed = MethodSpec.parse(spec)
-    assert measured_passes(spec, steps=steps) == pytest.approx(parsed.info.num_passes(**parsed.options))
 
 
 def recorded_eps(optimizer: SAM, model: Quadratic, *, first: int = 0, second: int = 1) -> np.ndarray:

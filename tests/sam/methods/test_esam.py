@@ -12,15 +12,7 @@ from torch import nn
 from masks import InputError
 from sam import SAM, Method, MethodSpec, build_method
 from sam.methods.esam import SharpestExamples, StochasticPerturbation
-from tests.sam.methods.oracles import (
-    FORMS,
-    IDENTITY_CASES,
-    assert_closed_form,
-    assert_passes_as_stated,
-    assert_same_training,
-    recorded_eps,
-    trained,
-)
+from tests.sam.methods.oracles import FORMS, Expected, assert_closed_form, recorded_eps
 from tests.sam.nets import (
     BASES,
     Quadratic,
@@ -35,11 +27,12 @@ from tests.sam.nets import (
     quadratic_masks,
     same_bits,
 )
+from tests.sam.runs import CASES, assert_passes_as_stated, assert_same_training, outcome
 
 RHO = 0.4
 
 
-@pytest.mark.parametrize(("net", "mask", "base"), IDENTITY_CASES)
+@pytest.mark.parametrize(("net", "mask", "base"), CASES)
 def test_beta_and_gamma_one_are_sam(net, mask, base):
     """As registered, and the slots themselves, whose draws then keep everything."""
     plain = build_method("sam")
@@ -160,7 +153,7 @@ def test_closed_form_of_the_selection(gamma, kept, form):
     def step(world, w, t):
         eps = world.eps(world.gradient(w))
         rows = sorted(np.argsort(world.b @ eps)[:kept])
-        return world.gradient(w + eps, rows), 0.0
+        return Expected(world.gradient(w + eps, rows), eps)
 
     assert_closed_form(build_method("esam", beta=1.0, gamma=gamma), form, step)
 
@@ -218,9 +211,9 @@ def test_draws_depend_on_the_seed_alone():
 
 
 def test_both_parts_differ_from_sam():
-    plain = trained(build_method("sam"), "resnet", "all", "sgd")[0]
+    plain = outcome("resnet", "all", "sgd", build_method("sam"))[0]
     for options in ({"beta": 1.0}, {"gamma": 1.0}, {"gamma": 1.0, "unit": "tensor"}):
-        assert not same_bits(trained(build_method("esam", **options), "resnet", "all", "sgd")[0], plain)
+        assert not same_bits(outcome("resnet", "all", "sgd", build_method("esam", **options))[0], plain)
 
 
 @pytest.mark.parametrize("spec", ["esam", "esam:gamma=1", "esam:beta=1:gamma=0.25", "esam:unit=tensor"])

@@ -11,22 +11,13 @@ import torch
 from analysis import gradient_norm
 from masks import InputError
 from sam import SAM, build_method
+from tests.sam.methods.oracles import FORMS, assert_closed_form, perturbed_by
 from tests.sam.nets import ENTRIES, Quadratic, Recorder, flat, quadratic_masks, same_bits
-from tests.sam.runs import (
-    FORMS,
-    MASKS,
-    NETS_AND_BASES,
-    check_moves,
-    check_quadratic,
-    outcome,
-    passes,
-    resumed_and_uninterrupted,
-)
+from tests.sam.runs import CASES, MASKS, check_moves, outcome, passes, resumed_and_uninterrupted
 
 
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize(("net", "base"), NETS_AND_BASES)
-def test_without_fisher_it_is_sam(net, base, mask):
+@pytest.mark.parametrize(("net", "mask", "base"), CASES)
+def test_without_fisher_it_is_sam(net, mask, base):
     found = outcome(net, mask, base, build_method("fisher_sam", eta=0), rho=0.2)
     sam = outcome(net, mask, base, build_method("sam"), rho=0.2)
     for name, weight in sam[0].items():
@@ -39,11 +30,12 @@ def test_without_fisher_it_is_sam(net, base, mask):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("eta", [0.3, 5.0])
 def test_closed_form(eta, form, scope, entry):
-    def eps(w, g, over, velocity):
+    def eps(world, w, g):
         inverse = 1 / (1 + eta * g**2)
-        return 0.4 * inverse * g / math.sqrt((g * inverse * g)[over].sum())
+        return world.rho * inverse * g / math.sqrt((g * inverse * g)[world.over].sum())
 
-    check_quadratic(build_method("fisher_sam", eta=eta), form, entry, scope, eps)
+    method = build_method("fisher_sam", eta=eta)
+    assert_closed_form(method, form, perturbed_by(eps), entry=entry, scope=scope)
 
 
 def test_the_move_is_the_best_in_its_ellipsoid():
@@ -82,7 +74,7 @@ def test_the_rest_of_the_contract(mask):
 
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_two_passes(entry):
-    assert passes("resnet", build_method("fisher_sam"), entry) == (6, 6)
+    assert passes(build_method("fisher_sam"), entry) == (2, 2)
 
 
 @pytest.mark.parametrize("eta", [-0.1, math.inf, math.nan])

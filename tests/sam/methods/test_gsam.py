@@ -11,19 +11,12 @@ import torch
 from masks import InputError
 from sam import SAM, Method, build_method
 from sam.methods.gsam import SurrogateGap
-from tests.sam.methods.oracles import (
-    FORMS,
-    IDENTITY_CASES,
-    assert_closed_form,
-    assert_passes_as_stated,
-    assert_same_training,
-    perpendicular,
-    trained,
-)
+from tests.sam.methods.oracles import FORMS, Expected, assert_closed_form, perpendicular
 from tests.sam.nets import ENTRIES, Quadratic, flat, quadratic_masks
+from tests.sam.runs import CASES, assert_passes_as_stated, assert_same_training, outcome
 
 
-@pytest.mark.parametrize(("net", "mask", "base"), IDENTITY_CASES)
+@pytest.mark.parametrize(("net", "mask", "base"), CASES)
 def test_alpha_zero_is_sam(net, mask, base):
     assert_same_training(build_method("gsam", alpha=0), build_method("sam"), net, mask, base)
 
@@ -32,7 +25,7 @@ def test_alpha_zero_is_sam(net, mask, base):
 def test_the_slot_itself_at_alpha_zero_is_sam(mask):
     """Without the shortcut of the registered method; equal as numbers (the sign of a zero may differ)."""
     found, expected = (
-        trained(method, "resnet", mask, "sgd")[0] for method in (Method(combine=SurrogateGap(0.0)), Method())
+        outcome("resnet", mask, "sgd", method)[0] for method in (Method(combine=SurrogateGap(0.0)), Method())
     )
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
@@ -42,8 +35,9 @@ def test_the_slot_itself_at_alpha_zero_is_sam(mask):
 def test_closed_form(form, entry):
     def step(world, w, t):
         g = world.gradient(w)
-        g_adv = world.gradient(w + world.eps(g))
-        return g_adv - 0.7 * perpendicular(g, g_adv), 0.0
+        eps = world.eps(g)
+        g_adv = world.gradient(w + eps)
+        return Expected(g_adv - 0.7 * perpendicular(g, g_adv), eps)
 
     assert_closed_form(build_method("gsam", alpha=0.7), form, step, entry=entry)
 

@@ -10,18 +10,12 @@ import torch
 
 from masks import InputError
 from sam import SAM, build_method
-from tests.sam.methods.oracles import (
-    FORMS,
-    IDENTITY_CASES,
-    assert_closed_form,
-    assert_passes_as_stated,
-    assert_same_training,
-    perpendicular,
-)
+from tests.sam.methods.oracles import FORMS, Expected, assert_closed_form, perpendicular
 from tests.sam.nets import BASES, ENTRIES, Quadratic, batches, build, losses, make, quadratic_masks, same_bits
+from tests.sam.runs import CASES, assert_passes_as_stated, assert_same_training
 
 
-@pytest.mark.parametrize(("net", "mask", "base"), IDENTITY_CASES)
+@pytest.mark.parametrize(("net", "mask", "base"), CASES)
 def test_every_step_is_sam(net, mask, base):
     assert_same_training(build_method("looksam", k=1), build_method("sam"), net, mask, base)
 
@@ -32,11 +26,12 @@ def vertical_step(k, alpha):
     def step(world, w, t):
         g = world.gradient(w)
         if t % k == 0:
-            g_adv = world.gradient(w + world.eps(g))
+            eps = world.eps(g)
+            g_adv = world.gradient(w + eps)
             kept["v"] = perpendicular(g_adv, g)
-            return g_adv, 0.0
+            return Expected(g_adv, eps)
         v = kept["v"]
-        return g + alpha * np.linalg.norm(g) / np.linalg.norm(v) * v, 0.0
+        return Expected(g + alpha * np.linalg.norm(g) / np.linalg.norm(v) * v, np.zeros_like(w))
 
     return step
 

@@ -9,25 +9,14 @@ import pytest
 
 from masks import InputError
 from sam import build_method
+from tests.sam.methods.oracles import FORMS, assert_closed_form, perturbed_by
 from tests.sam.nets import ENTRIES, batches, losses, same_bits, take
-from tests.sam.runs import (
-    FORMS,
-    MASKS,
-    NETS_AND_BASES,
-    check_moves,
-    check_quadratic,
-    go,
-    outcome,
-    passes,
-    resumed_and_uninterrupted,
-    start,
-)
+from tests.sam.runs import CASES, MASKS, check_moves, go, outcome, passes, resumed_and_uninterrupted, start
 
 
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize(("net", "base"), NETS_AND_BASES)
+@pytest.mark.parametrize(("net", "mask", "base"), CASES)
 @pytest.mark.parametrize("scope", ["masked", pytest.param("full", marks=pytest.mark.slow)])
-def test_at_theta_one_it_is_sam(scope, net, base, mask):
+def test_at_theta_one_it_is_sam(scope, net, mask, base):
     options = {"rho": 0.2, "norm_scope": scope, "entry": "step" if scope == "full" else "step_on"}
     sam = outcome(net, mask, base, build_method("sam"), **options)
     assert same_bits(outcome(net, mask, base, build_method("vasso", theta=1), **options), sam)
@@ -38,12 +27,12 @@ def geometric(theta):
     """The recursion unrolled: d_t = sum_k theta (1 - theta)^(t - k) g_k, of g_0 (1 - theta)^t."""
     seen = []
 
-    def eps(w, g, over, velocity):
+    def eps(world, w, g):
         seen.append(g)
         t = len(seen) - 1
         weights = [(1 - theta) ** t, *(theta * (1 - theta) ** (t - k) for k in range(1, t + 1))]
         d = sum(c * g for c, g in zip(weights, seen, strict=True))
-        return 0.4 * d / np.linalg.norm(d[over])
+        return world.rho * d / np.linalg.norm(d[world.over])
 
     return eps
 
@@ -53,7 +42,8 @@ def geometric(theta):
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("theta", [0.9, 0.2])
 def test_closed_form(theta, form, scope, entry):
-    check_quadratic(build_method("vasso", theta=theta), form, entry, scope, geometric(theta))
+    method = build_method("vasso", theta=theta)
+    assert_closed_form(method, form, perturbed_by(geometric(theta)), entry=entry, scope=scope)
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -88,7 +78,7 @@ def test_the_mean_is_a_copy(entry):
 
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_two_passes(entry):
-    assert passes("resnet", build_method("vasso"), entry) == (6, 6)
+    assert passes(build_method("vasso"), entry) == (2, 2)
 
 
 @pytest.mark.parametrize("theta", [0.0, 1.1, -1.0, math.nan])

@@ -10,18 +10,12 @@ import torch
 from masks import InputError
 from sam import SAM, Method, build_method
 from sam.methods.wsam import WeightedSharpness
-from tests.sam.methods.oracles import (
-    FORMS,
-    IDENTITY_CASES,
-    assert_closed_form,
-    assert_passes_as_stated,
-    assert_same_training,
-    trained,
-)
+from tests.sam.methods.oracles import FORMS, Expected, assert_closed_form
 from tests.sam.nets import BASES, ENTRIES, Quadratic, batches, build, losses, make, quadratic_masks, same_bits, snapshot
+from tests.sam.runs import CASES, assert_passes_as_stated, assert_same_training, outcome
 
 
-@pytest.mark.parametrize(("net", "mask", "base"), IDENTITY_CASES)
+@pytest.mark.parametrize(("net", "mask", "base"), CASES)
 def test_coupled_at_one_half_is_sam(net, mask, base):
     assert_same_training(build_method("wsam", gamma=0.5, decoupled=False), build_method("sam"), net, mask, base)
 
@@ -35,8 +29,9 @@ def test_closed_form(decoupled, gamma, form, entry):
 
     def step(world, w, t):
         g = world.gradient(w)
-        g_adv = world.gradient(w + world.eps(g))
-        return (g, -a * (g_adv - g)) if decoupled else (a * g_adv + (1 - a) * g, 0.0)
+        eps = world.eps(g)
+        g_adv = world.gradient(w + eps)
+        return Expected(g, eps, -a * (g_adv - g)) if decoupled else Expected(a * g_adv + (1 - a) * g, eps)
 
     assert_closed_form(build_method("wsam", gamma=gamma, decoupled=decoupled), form, step, entry=entry)
 
@@ -53,11 +48,11 @@ def test_the_base_optimizer_never_sees_the_sharpness(base):
         optimizer.step_on(losses(model), batches()[0])
         states.append([dict(optimizer.state[p]) for p in model.parameters()])
     assert same_bits(*states)
-    assert not same_bits(trained(build_method("wsam"), "resnet", "all", base)[0], trained_sgd(base))
+    assert not same_bits(outcome("resnet", "all", base, build_method("wsam"))[0], trained_sgd(base))
 
 
 def trained_sgd(base):
-    return trained(build_method("wsam", gamma=0.0), "resnet", "all", base)[0]
+    return outcome("resnet", "all", base, build_method("wsam", gamma=0.0))[0]
 
 
 @pytest.mark.parametrize("tensor_lr", [False, True])
@@ -120,7 +115,7 @@ def test_refusals():
     SAM(NoRate(model.parameters()), model, mask=build(model, "all"), method=build_method("wsam", decoupled=False))
 
 
-@pytest.mark.parametrize(("net", "mask", "base"), IDENTITY_CASES)
+@pytest.mark.parametrize(("net", "mask", "base"), CASES)
 def test_the_general_slot_is_sam_there_too(net, mask, base):
     """The factory takes the plain slot where the weight is 1; this one adds (g_adv - g) times 0."""
     method = Method(combine=WeightedSharpness(0.5, decoupled=False))
