@@ -6,12 +6,12 @@
 Variants run in one process, once a round, in an order shuffled anew; on one thread, in process CPU time; a cost is the
 median over rounds of the ratio in the same round.
 
-``selection``: ``masks.top_k`` (a boolean mask, equal scores by index) in units of ``torch.topk`` (values and positions,
-equal scores in any order) with its defaults, by number of scores and density. Scores are the sizes of normal numbers;
-those of the last kind are 0 with probability 0.4, as gradients behind ReLUs are. The limit, reading the scores once, is
-measured as ``scores.max()``. Masks rank the scores of many tensors together: rows "in 60 tensors" are of the same
-scores, divided, beside ``torch.topk`` of the undivided ones. The peak of memory beyond the scores is that of a process of its own, in bytes per score,
-of which the mask takes one (a copy of the scores would take four).
+``selection``: ``masks.top_k`` (a boolean mask, equal scores by index) in units of ``torch.topk`` (values and
+positions, equal scores in any order) with its defaults, by number of scores and density. Scores are the sizes of
+normal numbers; those of the last kind are 0 with probability 0.4, as gradients behind ReLUs are. The limit, reading
+the scores once, is measured as ``scores.max()``. Masks rank the scores of many tensors together: rows "in 60 tensors"
+are of the same scores, divided, beside ``torch.topk`` of the undivided ones. The peak of memory beyond the scores is
+that of a process of its own, in bytes per score, of which the mask takes one (a copy of the scores would take four).
 
 ``fisher``: scores of 1,024 examples in batches of 128, in units of the gradients of the same batches. "all" is
 ``masks.scoring.mean_squared_gradients`` with everything that a mask builder pays (a copy of the model, running

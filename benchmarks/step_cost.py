@@ -2,12 +2,12 @@
 
     python -m benchmarks.step_cost [--model resnet18_w16|all] [--rounds 9] [--batch-size 128] [--json FILE]
 
-All variants run in one process on one model and one batch, one step each per round, in an order that is
-shuffled anew every round (a fixed order makes a variant up to 4 % slower by what runs before it). A cost is the
-median over rounds of the ratio to the same round's SGD step, with quartiles. The clock is the process's own CPU time
-on one thread, so that other jobs disturb little. The peers, a naive SAM and, if it is installed, that of pytorch-optimizer, take the
-same passes and the same base optimizer, and move the weights their own way. The limit is the ratio of the steps' matrix products and
-convolutions, which is what it would cost if they were all. For GPUs: :mod:`benchmarks.gpu`.
+All variants run in one process on one model and one batch, one step each per round, in an order that is shuffled anew
+every round (a fixed order makes a variant up to 4 % slower by what runs before it). A cost is the median over rounds
+of the ratio to the same round's SGD step, with quartiles. The clock is the process's own CPU time on one thread, so
+that other jobs disturb little. The peers, a naive SAM and, if it is installed, that of pytorch-optimizer, take the
+same passes and the same base optimizer, and move the weights their own way. The limit is the ratio of the steps'
+matrix products and convolutions, which is what it would cost if they were all. For GPUs: :mod:`benchmarks.gpu`.
 """
 
 from __future__ import annotations
