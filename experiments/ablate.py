@@ -177,7 +177,10 @@ def _joined(parts: Sequence[tuple[Mapping[str, Any], pd.DataFrame]]) -> pd.DataF
     return joint[[*varied, *(column for column in joint.columns if column not in varied)]]
 
 
-def joint_notes(tables: Sequence[tuple[Mapping[str, Any], Table]]) -> list[str]:
+SMOKE = "SMOKE: it runs. It was trained too little and on too few images for any number here to mean something."
+
+
+def joint_notes(tables: Sequence[tuple[Mapping[str, Any], Table]], *, smoke: bool = False) -> list[str]:
     """The notes of all comparisons: those that all of them have as they are, the others with their points."""
     where: dict[str, list[str]] = {}
     for varied, table in tables:
@@ -187,12 +190,16 @@ def joint_notes(tables: Sequence[tuple[Mapping[str, Any], Table]]) -> list[str]:
         "Each point has a baseline and an adjustment of p values of its own: gains are to the arm none of the same "
         "point, and no test compares points."
     ]
-    return several * (len(tables) > 1) + [
-        note if len(points) == len(tables) else f"{'; '.join(points)}: {note}" for note, points in where.items()
-    ]
+    return (
+        [SMOKE] * smoke
+        + several * (len(tables) > 1)
+        + [note if len(points) == len(tables) else f"{'; '.join(points)}: {note}" for note, points in where.items()]
+    )
 
 
-def write_joint(ablation: Ablation, tables: Sequence[tuple[Mapping[str, Any], Table]], folder: Path) -> Path:
+def write_joint(
+    ablation: Ablation, tables: Sequence[tuple[Mapping[str, Any], Table]], folder: Path, *, smoke: bool = False
+) -> Path:
     """Write ``ablation.csv`` (numbers) and ``ablation.md`` (question, table, notes); returns the latter's path.
 
     Raises:
@@ -200,7 +207,7 @@ def write_joint(ablation: Ablation, tables: Sequence[tuple[Mapping[str, Any], Ta
     """
     sections = (
         Section("What is asked", tuple(Text(part) for part in ablation.paragraphs)),
-        Section("Results", (grid(joint_shown(tables)), Notes(tuple(joint_notes(tables))))),
+        Section("Results", (grid(joint_shown(tables)), Notes(tuple(joint_notes(tables, smoke=smoke))))),
     )
     page = folder / "ablation.md"
     with writing_to(folder):

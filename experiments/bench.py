@@ -93,6 +93,8 @@ class BenchReport:
     Attributes:
         options: what was asked.
         batch_size: images per step.
+        shape: of an image: channels, height, width.
+        classes: outputs of the model.
         numel: trainable coordinates.
         tensors: of the model's trainable parameters.
         sgd: quartiles of the base optimizer's step, seconds.
@@ -103,6 +105,8 @@ class BenchReport:
 
     options: BenchOptions
     batch_size: int
+    shape: tuple[int, ...]
+    classes: int
     numel: int
     tensors: int
     sgd: dict[str, float]
@@ -136,7 +140,8 @@ class BenchReport:
         on_cpu = env["device"].startswith("cpu")
         return "\n".join(
             [
-                f"{options.model}: {self.numel:,} trainable coordinates, batch {self.batch_size}, "
+                f"{options.model}: {self.numel:,} trainable coordinates, batch {self.batch_size} of "
+                f"{'x'.join(map(str, self.shape))}, {self.classes} classes, "
                 f"{len(self.rounds)} rounds on {env['cpu' if on_cpu else 'device']}, "
                 f"{env['threads']} thread; a step of SGD takes {1e3 * per_step:.3g} ms "
                 f"({'processor' if on_cpu else 'device'} time)",
@@ -211,6 +216,8 @@ def bench(options: BenchOptions) -> BenchReport:
     return BenchReport(
         options=options,
         batch_size=size,
+        shape=tuple(batch[0].shape[1:]),
+        classes=classes,
         numel=table.numel,
         tensors=len(table),
         sgd=quartiles([r["seconds"][_SGD] for r in found]),

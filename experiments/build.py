@@ -27,8 +27,16 @@ from sam.mup import MupOptimizer, mup_init_, mup_param_groups
 
 @lru_cache(maxsize=4)
 def load_cached(spec: str) -> ImageSet:
-    """The data set, read once per process."""
-    return load_data(spec)
+    """The data set, read once per process.
+
+    Raises:
+        InputError: it has one class only, or see :func:`load_data`.
+    """
+    data = load_data(spec)
+    if data.num_classes < 2:
+        found = ", ".join(data.class_names) or "0"
+        raise InputError(f"data {spec} has one class only ({found}), and there is nothing to tell it from")
+    return data
 
 
 def pick_device(name: str) -> torch.device:

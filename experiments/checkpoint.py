@@ -40,7 +40,9 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     try:
         path.open("rb").close()
     except OSError as error:
-        raise InputError(f"cannot read checkpoint {path}: {error.strerror or error}") from None
+        inside = path / "checkpoint.pt"
+        hint = f"; did you mean {inside}?" if inside.is_file() else ""
+        raise InputError(f"cannot read checkpoint {path}: {error.strerror or error}{hint}") from None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # remarks on the pickle of a file that is then refused
@@ -48,7 +50,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # the restricted unpickler raises whatever a foreign file leads it into
         # Its messages advise to load without the restriction, which would execute the file.
         kind = type(error).__name__
-        raise InputError(f"{path} is not a checkpoint of plain tensors, or is truncated ({kind})") from None
+        raise InputError(
+            f"{path} is not a checkpoint of plain tensors, or is truncated ({kind}); a whole model is saved as one by "
+            "torch.save(model.state_dict(), FILE)"
+        ) from None
     for key in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]

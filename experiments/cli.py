@@ -74,6 +74,8 @@ def _one_line(message: str, parser: _Parser) -> str:
     text = " ".join(str(message).split())
     known = _options_of(parser)
     unknown = re.search(r"unrecognized arguments: (\S+)|accept option '([^']+)'|Option '([^']+)' is not acc", text)
+    if unknown and unknown[1] and not unknown[1].startswith("-"):
+        return f"nothing takes the word {unknown[1]!r}; a list has commas and no spaces, such as --masks all,norm"
     if unknown:
         name = next(group for group in unknown.groups() if group).lstrip("-").partition("=")[0]
         line = unknown_name("option", name, known)
@@ -145,7 +147,7 @@ def _explanations(cls: type) -> dict[str, str]:
     out: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         for name, text in re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", inspect.getdoc(base) or "", flags=re.MULTILINE):
-            out[name] = " ".join(text.replace("%", "%%").split())
+            out[name] = " ".join(text.split())
     return out
 
 

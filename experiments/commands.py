@@ -79,6 +79,7 @@ class TrainOptions:
         tensorboard: folder where each run writes its curves for TensorBoard (extra [tensorboard]).
         device: auto, cpu, cuda or cuda:N.
         plugin: modules to import for their masks, separated by commas.
+        quiet: no progress bar.
         dry_run: say what would run and about how long it takes; run and write nothing.
         json: print the record as JSON.
     """
@@ -90,6 +91,7 @@ class TrainOptions:
     tensorboard: str | None = None
     device: str = "auto"
     plugin: str | None = None
+    quiet: bool = False
     dry_run: bool = False
     json: bool = False
 
@@ -303,14 +305,14 @@ def run_ablate(given: dict[str, Any], read: Callable[[dict[str, Any]], dict[str,
         at = folder / point_name(varied)
         made.append((varied, *_compared(config, measure, _pick(CompareOptions, each), at)))
     tables = [(varied, table) for varied, _, table, _ in made]
-    page = write_joint(ablation, tables, folder)
+    page = write_joint(ablation, tables, folder, smoke=options.smoke)
     if values[0]["json"]:
         found = [{"point": varied, **_comparison_json(one, table)} for varied, one, table, _ in made]
         print(json.dumps({"ablation": ablation.name, "points": found, "folder": str(folder)}, indent=1))
         return EXIT_OK
     print(joint_shown(tables).to_string(index=False))
     print()
-    for note in joint_notes(tables):
+    for note in joint_notes(tables, smoke=options.smoke):
         print(f"- {note}")
     print("\n" + "\n".join(f"page: {one}" for *_, one in made))
     print(f"joint table: {page} and ablation.csv")
@@ -366,6 +368,7 @@ def run_train(values: dict[str, Any]) -> int:
         options.device,
         listed(options.plugin),
         checkpoint_minutes=options.checkpoint_minutes,
+        quiet=options.quiet,
         workers=options.workers,
         tensorboard=_tensorboard(options),
     )

@@ -225,7 +225,7 @@ class Plan:
         return {arm.name: arm.rho[0] for arm in self.config.arms if len(arm.rho) == 1} | choose(trials)
 
     def next(self, asked: CompareConfig, trials: Sequence[Trial]) -> Plan | None:
-        """The plan with one radius more for every arm; None where no arm needs it, or as many as asked for were added."""
+        """The plan with a radius more for every arm; None where no arm needs it, or as many as asked for were added."""
         added = max(len(arm.rho) - len(old.rho) for arm, old in zip(self.config.arms, asked.arms, strict=True))
         more = extended(self.config, trials) if added < asked.extend else None
         return None if more is None else Plan(more, self.measure, self.content)

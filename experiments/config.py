@@ -82,6 +82,8 @@ class RunConfig:
         norm_statistics: pass in which running statistics of normalization layers are updated.
         precision: of the model's forward and backward passes in training: float32, or bf16 (autocast to bfloat16).
             Weights, perturbation, loss, masks and all measurements are in float32 under both.
+        channels_last: how images and the weights of convolutions lie in memory: channels last, which is faster on CPUs
+            and tensor cores, or (false) contiguous. Numbers differ by roundings.
         score_images: training images that a score mask is scored on; drawn with the seed, the same in every arm.
         seed: seed of the run; every purpose has a stream of its own, so runs of a seed are paired.
         tuning: train and validate on the development images only and leave the test images alone.
@@ -127,6 +129,7 @@ class RunConfig:
     norm_scope: Literal["", "masked", "full"] = ""
     norm_statistics: Literal["first", "second", "both"] = "first"
     precision: Literal["float32", "bf16"] = "float32"
+    channels_last: bool = True
     score_images: int = 128
     seed: int = 0
     tuning: bool = False
@@ -488,8 +491,10 @@ class CompareConfig(RunConfig):
         return range(self.first_seed + _MOST_SEEDS, self.first_seed + _MOST_SEEDS + self.tuning_seeds)
 
     def digest(self, content: Mapping[str, str]) -> str:
-        """Hash of the resolved comparison; the choice on the command line is already in the arms."""
-        return _digest({"config": self.settings(), "content": dict(content)})
+        """Hash of the resolved comparison; the choice on the command line is already in the arms. One that is extended
+        later is still the same."""
+        asked = {name: value for name, value in self.settings().items() if name != "extend"}
+        return _digest({"config": asked, "content": dict(content)})
 
     def settings(self) -> dict[str, Any]:
         """The resolved comparison as a configuration file would say it."""

@@ -255,6 +255,8 @@ def load_data(spec: str, *, cache_dir: str | os.PathLike[str] | None = None, dow
         return _load_digits()
     names = {name.replace("_", ""): name for name in TORCHVISION}
     name = names.get(spec.lower().replace("_", "").replace("-", ""))
+    if name is None and spec and Path(spec).expanduser().is_dir():
+        raise InputError(f"data {spec!r} is a folder; give folder:{spec}")
     if name is None:
         raise InputError(unknown_name("data set", spec, ["digits", *TORCHVISION, *map(":".join, _FORMS.items())]))
     return _load_torchvision(name, Path(cache_dir) / name, download)

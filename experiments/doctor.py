@@ -245,7 +245,8 @@ def _model(name: str, options: DoctorOptions) -> Iterator[Finding]:
     try:
         model, _, _ = Target(name, options.num_classes, options.width).build()
     except Exception as error:  # a torchvision that does not fit, for one, fails in many ways
-        yield Finding(subject, "broken", str(error) if isinstance(error, InputError) else reason(error))
+        said = str(error).removeprefix(f"{subject}: ") if isinstance(error, InputError) else reason(error)
+        yield Finding(subject, "broken", said)
         return
     yield from norm_layers(model, subject)
 

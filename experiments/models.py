@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -115,6 +116,8 @@ def build_model(
         model = _BUILT_IN[name]
         options = _options(spec, name, rest) if colon else {}
         return model.build(in_channels, image_size, num_classes, model.width if width is None else width, **options)
+    if not colon and Path(f"{spec.removesuffix('.py')}.py").is_file():
+        raise InputError(f"model {spec!r} is a module; name its function too: {spec.removesuffix('.py')}:FUNCTION")
     if not colon:
         known = [*_BUILT_IN, "torchvision:NAME", "timm:NAME", "module:function"]
         raise InputError(unknown_name("model", spec, known))
@@ -207,7 +210,11 @@ def _user_model(spec: str, module_name: str, name: str, options: dict[str, Any])
         try:
             module = importlib.import_module(module_name)
         except Exception as error:  # whatever the user's module does when imported
-            raise InputError(f"model {spec}: cannot import {module_name!r} ({reason(error)})") from error
+            hint = ""  # none where what the module imports is missing
+            absent = isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}.")
+            if absent or module_name.startswith("."):
+                hint = "; name one of the current folder or an installed one, as Python does, without path and .py"
+            raise InputError(f"model {spec}: cannot import {module_name!r} ({reason(error)}){hint}") from error
         function = getattr(module, name, None)
         if not callable(function):
             known = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]

@@ -16,13 +16,14 @@ import torch
 
 from experiments.build import clock_of, pick_device
 from experiments.compare import Plan, as_extended, holds, prepare, trial_of
-from experiments.config import Arm, CompareConfig, RunConfig
+from experiments.config import BASELINE, Arm, CompareConfig, RunConfig
 from experiments.measure import MeasureConfig, observe
 from experiments.record import RunRecord
 from experiments.resume import Checkpointing, Interrupted
 from experiments.runner import Policy
 from experiments.single import MEASURE, check_places, default_folder, identified
 from experiments.store import CHECKPOINT, WORK, Store, read_run
+from experiments.table import too_few_seeds
 from experiments.train import Training
 from experiments.worker import Job
 from masks import MaskSpec
@@ -87,6 +88,8 @@ class StudyPlan:
         arms: per arm.
         processes: runs at once; None on a cluster, where that is not known.
         estimated: how the seconds were found.
+        extend: how many radii more every arm may try.
+        warnings: what its results could not show.
     """
 
     study_id: str
@@ -95,6 +98,7 @@ class StudyPlan:
     processes: int | None
     estimated: str
     extend: int = 0
+    warnings: tuple[str, ...] = ()
 
     @property
     def seconds_left(self) -> float:
@@ -133,6 +137,7 @@ class StudyPlan:
                 "",
                 f"{runs} runs, {done} of them done; about {left} for the others {place}{more}",
                 f"estimated {self.estimated}",
+                *self.warnings,
             ]
         )
 
@@ -269,7 +274,9 @@ def plan_comparison(
                 report_seconds=seconds(arm, report, tuning=False),
             )
         )
-    return StudyPlan(study_id, folder, tuple(arms), processes, TIMED if timed else KEPT, left)
+    roles = [arm.role for arm in config.arms if arm.name != BASELINE]
+    warnings = tuple(too_few_seeds(config.seeds, roles.count("main"), roles.count("control")))
+    return StudyPlan(study_id, folder, tuple(arms), processes, TIMED if timed else KEPT, left, warnings)
 
 
 def _extended(asked: Plan, config: CompareConfig, store: Store) -> tuple[Plan, int]:

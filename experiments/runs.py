@@ -70,10 +70,11 @@ def show(options: RunsOptions) -> tuple[str, list[dict[str, Any]]]:
     rows = list(_rows(Path(options.folder)))
     if options.compare is not None:
         return _compared(rows, listed(options.compare))
+    total = len(rows)
     rows = [row for row in rows if all(_matches(row, rows, text) for text in listed(options.where))]
     if options.failed:
         rows = [row for row in rows if row["state"] != "done"]
-    return _listing(rows, failed=options.failed), rows
+    return _listing(rows, failed=options.failed) if rows or not total else f"none of {total} runs", rows
 
 
 # -- reading ------------------------------------------------------------------------------------------------

@@ -113,6 +113,7 @@ def _task(job: Job, store: Path, policy: Policy) -> Task:
         policy.checkpoint_minutes,
         policy.workers,
         policy.tensorboard,
+        policy.quiet,
     )
 
 

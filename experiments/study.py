@@ -112,7 +112,8 @@ def _arms(folder: Path) -> dict[str, tuple[str, list[float]]]:
         if isinstance(error, InputError):
             raise
         raise InputError(
-            f"{folder} is not the folder of a comparison: cannot read its {STUDY_FILE} ({type(error).__name__})"
+            f"{folder} is not the folder of a comparison: cannot read its {STUDY_FILE} ({type(error).__name__}); "
+            "give one that compare wrote, such as results/compare-ID"
         ) from None
 
 

@@ -403,16 +403,24 @@ def _sweep_note(comparison: Comparison) -> list[str]:
     ]
 
 
-def _warnings(comparison: Comparison, rows: Sequence[Row], main: int, control: int) -> list[str]:
-    config = comparison.config
+def too_few_seeds(seeds: int, main: int, control: int) -> list[str]:
+    """Whether a result can be significant at all, for each family of so many contrasts."""
     out = []
     for family, size in (("main", main), ("control", control)):
         needed = seeds_needed(size, ALPHA) if size else 0
-        if config.seeds < needed:
+        if seeds < needed:
             out.append(
                 f"TOO FEW SEEDS: with {size} {family} contrasts no result can reach p = {ALPHA} after Holm from "
-                f"{config.seeds} seeds; at least {needed} are needed."
+                f"{seeds} seeds; at least {needed} are needed."
             )
+    return out
+
+
+def _warnings(comparison: Comparison, rows: Sequence[Row], main: int, control: int) -> list[str]:
+    config, m = comparison.config, comparison.measure.sharpness_m
+    measured_on = min(comparison.measure.images, comparison.records[BASELINE][0].result["train_images"])
+    smaller = f"; compare with --sharpness-m {measured_on} or less" if measured_on < m else ""
+    out = too_few_seeds(config.seeds, main, control)
     for row in rows:
         if row.rho_at_edge:
             out.append(
@@ -423,11 +431,11 @@ def _warnings(comparison: Comparison, rows: Sequence[Row], main: int, control: i
             out.append(
                 f"DIVERGED: {row.diverged} of {row.n} runs of {row.arm.name}; they are in the table as they ended."
             )
-        for metric in (row.lambda_max, row.m_sharpness):
+        for metric, advice in ((row.lambda_max, ""), (row.m_sharpness, smaller)):
             if metric.missing or metric.unconverged:
                 out.append(
                     f"METRIC INCOMPLETE: {row.arm.name}: {metric.missing} seeds without, {metric.unconverged} not "
-                    f"converged: {metric.name}."
+                    f"converged: {metric.name}{advice}."
                 )
         if row.matched == "NO":
             out.append(f"NOT MATCHED: {row.arm.name} did not keep the same count in every run; see runs.csv.")

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from experiments.augment import Augmentation, Augmenter
 from experiments.build import (
@@ -151,10 +152,11 @@ class Training:
     ) -> None:
         self.config, self.device, self.observer, self.team, self.board = config, device, observer, team, board
         self.clock = clock_of(device)
+        self.layout = torch.channels_last if config.channels_last else torch.contiguous_format
         data = load_cached(config.data)
         self.split = split_of(config, data, workers)
         augmentation = Augmentation.parse(config.augment)
-        self.images = self.split.train_images.to(device, memory_format=torch.channels_last)
+        self.images = self.split.train_images.to(device, memory_format=self.layout)
         if augmentation.resized_crop:
             self.images = self.images.cropped(derive_seed(config.seed, "resized_crop"))
         self.y = self.split.train_y.to(device)
@@ -163,7 +165,7 @@ class Training:
         if initial is not None:
             load_weights(self.model, initial)
         # Convolutions on CPUs and tensor cores are faster with the channels last; other models are not affected.
-        self.model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model.to(device, memory_format=self.layout)  # type: ignore[call-overload]
         self.spec = MaskSpec.parse(config.mask)
         self.table = ParamTable.from_model(self.model)
         self.budget = budget_of(config, self.spec, self.model)
@@ -213,8 +215,12 @@ class Training:
 
     # -- the loop -------------------------------------------------------------------------------------------
 
-    def run(self, checkpoints: Checkpointing | None) -> None:
+    def run(self, checkpoints: Checkpointing | None, after_step: Callable[[], object] = lambda: None) -> None:
         """Train to the end, from wherever it stands.
+
+        Args:
+            checkpoints: where it is saved on its way.
+            after_step: called after each step.
 
         Raises:
             Interrupted: ``checkpoints`` was asked to stop.
@@ -227,6 +233,7 @@ class Training:
                 start = self.clock()
                 self._step(next(images), batches[self.step_in_epoch])
                 self.seconds["train"] += self.clock() - start
+                after_step()
                 if self.step_in_epoch < len(batches) and checkpoints is not None:
                     self._maybe_save(checkpoints, epoch_end=False)
             self._end_epoch()
@@ -261,11 +268,17 @@ class Training:
         """The images of a step, changed. A shard is changed at its place in the whole batch, for which every process
         draws: the changes are those of a run in one process."""
         if self.team is None:
-            return self.augment(images)
+            return self._laid_out(self.augment(images))
         shape = self.team.size * len(images), *images.shape[1:]
-        whole = torch.empty(shape, dtype=images.dtype, device=images.device, memory_format=torch.channels_last).zero_()
+        whole = torch.empty(shape, dtype=images.dtype, device=images.device, memory_format=self.layout).zero_()
         self.team.shard(whole).copy_(images)
-        return self.team.shard(self.augment(whole))
+        return self.team.shard(self._laid_out(self.augment(whole)))
+
+    def _laid_out(self, images: Tensor) -> Tensor:
+        if self.config.channels_last:
+            return images.contiguous(memory_format=self.layout)
+        # As one line and back: convolutions go by the strides, which `contiguous` leaves where there is one channel.
+        return images.flatten().view(images.shape)
 
     def _loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
@@ -428,6 +441,7 @@ def train_run(
     workers: int = 0,
     team: Team | None = None,
     board: Board | None = None,
+    quiet: bool = True,
 ) -> Trained:
     """Train one model. The test images are not looked at.
 
@@ -443,6 +457,7 @@ def train_run(
         team: the processes that train the model together, all of which must call this; what is measured, with the
             running statistics of the process, is of use on rank 0.
         board: shows the run while it trains.
+        quiet: no progress bar.
 
     Raises:
         InputError: the data, the model, the mask or a setting cannot be had.
@@ -450,7 +465,7 @@ def train_run(
     """
     with nullcontext() if team is None else team.explained():
         training = Training(placed(config, team).resolved(), device, initial, observer, workers, team, board)
-        _train(training, checkpoints)
+        _train(training, checkpoints, quiet)
     model, split = training.model.eval(), training.split
     accuracy = math.nan
     if len(split.val_y) and (team is None or team.leads):
@@ -473,7 +488,7 @@ def train_run(
     )
 
 
-def _train(training: Training, checkpoints: Checkpointing | None) -> None:
+def _train(training: Training, checkpoints: Checkpointing | None, quiet: bool) -> None:
     """Train to the end, from the beginning or from where it was saved."""
     team, device = training.team, training.device
     saved = None
@@ -484,7 +499,12 @@ def _train(training: Training, checkpoints: Checkpointing | None) -> None:
         torch.manual_seed(derive_seed(training.config.seed, "train", *rank))  # dropout
         if saved is not None:
             training.load_state_dict(saved)
-        training.run(checkpoints)
+        if quiet:  # in the processes of a study, whose end a bar's lock would outlive
+            training.run(checkpoints)
+            return
+        done, total = training.step, training.steps
+        with tqdm(initial=done, total=total, desc="training", unit="step", disable=None, dynamic_ncols=True) as bar:
+            training.run(checkpoints, bar.update)
 
 
 def batch_sizes(config: RunConfig, n_train: int) -> list[int]:

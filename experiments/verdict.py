@@ -14,6 +14,7 @@ import pandas as pd
 from analysis import PRIMARY
 from analysis.equivalence import MARGIN_POINTS
 from analysis.estimate import Interval
+from analysis.metrics import MIDDLE, resolve
 from analysis.reliability import REPEAT
 from analysis.verdict import Verdict, verdict, verdicts
 from experiments.config import BASELINE
@@ -180,6 +181,8 @@ def _primary(study: Study, name: str | None) -> str:
 
 def _known(study: Study, name: str) -> str:
     """The metric's column: its inverse, where larger is flatter."""
+    if name.endswith(f"@{MIDDLE}"):  # as compare takes it
+        (name,) = resolve([name])
     metric = INVERSE + name if INVERSE + name in study.metrics else name
     if metric not in study.metrics:
         raise InputError(unknown_name("metric of the runs", name, study.metrics))

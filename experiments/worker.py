@@ -75,6 +75,7 @@ class Task:
         checkpoint_minutes: minutes between checkpoints.
         workers: processes that decode images, where they stay in their files.
         tensorboard: folder in which every run has one of its own for TensorBoard; None for none.
+        quiet: no progress bar of the run's own.
     """
 
     job: Job
@@ -85,6 +86,7 @@ class Task:
     checkpoint_minutes: float = 10.0
     workers: int = 0
     tensorboard: Path | None = None
+    quiet: bool = True
 
     @property
     def board(self) -> Path | None:
@@ -209,7 +211,7 @@ def _attempt(task: Task, folder: Path, notes: list[str], team: Team | None) -> t
     )
     try:
         with nullcontext() if task.board is None else Board(task.board, notes) as board:
-            record, files = execute(job, device, checkpoints, task.workers, team=team, board=board)
+            record, files = execute(job, device, checkpoints, task.workers, team=team, board=board, quiet=task.quiet)
             store.complete(job.name, record, attempt, files=files)
     except (InputError, Interrupted):
         raise
@@ -237,6 +239,7 @@ def execute(
     *,
     team: Team | None = None,
     board: Board | None = None,
+    quiet: bool = True,
 ) -> tuple[RunRecord, Callable[[Path], None]]:
     """Train and measure one model.
 
@@ -256,6 +259,7 @@ def execute(
         workers=workers,
         team=team,
         board=board,
+        quiet=quiet,
     )
     clock = clock_of(device)
     start = clock()

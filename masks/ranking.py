@@ -46,7 +46,7 @@ class Ranking:
     def best(self, k: int) -> list[Tensor]:
         """Which are the k best, 1 <= k <= n: one flat boolean tensor per tensor of scores."""
         keep = self._best_by_sorting(k)
-        return list((self._compared(k) if keep is None else keep).split(self._sizes))
+        return list(torch.split(self._compared(k) if keep is None else keep, self._sizes))
 
     def _best_by_sorting(self, k: int) -> Tensor | None:
         """The k best of few scores; None where that is not the way, or the k-th and the next one are equal."""

@@ -275,7 +275,7 @@ def mask_info(name: str) -> MaskInfo:
     if name in _contested:
         raise MaskError(f"{_contested[name]}, or be uninstalled, before {name!r} can be used")
     if name not in _registry:
-        message = unknown_name("mask", name, _registry)
+        message = f"{unknown_name('mask', name, _registry)}; one of your own is known with --plugin MODULE"
         broken = "".join(f"; plugin {origin} {reason}" for origin, reason in _broken.items())
         raise MaskError(message + broken)
     return _registry[name]

@@ -6,13 +6,14 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from masks.errors import InputError
-from masks.mask import Mask
+from masks.region import Region
 from sam.method import When
 from sam.optimizer import SAM
 from sam.parallel import find_wrapper
@@ -81,8 +82,10 @@ class CapturedStep:
 
     The first steps for every shape of batch run as usual, and are as good as any; then one is recorded. Learning rate
     and radius are read from ``param_groups`` at every step, so schedulers work; a new mask, another setting of the base
-    optimizer, ``enabled`` or a switch of modules between training and evaluation mode makes a new recording. A replayed
-    step takes the learning rate as float32, so that a trajectory differs from the eager one by roundings.
+    optimizer, ``enabled`` or a switch of modules between training and evaluation mode makes a new recording. So does
+    new memory of weights, buffers or the base optimizer's state (``load_state_dict``, ``model.to``), and everything is
+    recorded anew then. A replayed step takes the learning rate as float32, so that a trajectory differs from the eager
+    one by roundings.
 
     Args:
         optimizer: on a CUDA device; its base optimizer fused (``fused=True``), so that nothing is read by the host.
@@ -109,7 +112,7 @@ class CapturedStep:
             recorder = CudaRecorder(self._device)
         self._recorder = recorder
         self._obstacle = ""
-        self._mask: Mask | None = None
+        self._tied: tuple[Region, list[int]] | None = None
         self._seen: dict[object, int] = {}
         self._recorded: dict[object, _Recorded] = {}
 
@@ -128,8 +131,8 @@ class CapturedStep:
         """
         if self._obstacle:
             raise InputError(f"this step cannot be recorded: {self._obstacle}, or use step_on")
-        if self.optimizer.mask is not self._mask:
-            self._seen, self._recorded, self._mask = {}, {}, self.optimizer.mask
+        if self._tied_to() != self._tied:
+            self._seen, self._recorded = {}, {}
         key = self._key(batch)
         seen = self._seen.get(key, 0)
         if seen < self._eager_steps:
@@ -181,6 +184,12 @@ class CapturedStep:
         modes = tuple(module.training for module in optimizer.model.modules())
         return shapes, optimizer.enabled, modes, settings
 
+    def _tied_to(self) -> tuple[Region, list[int]]:
+        """What a recording is tied to and others may replace: the mask's region, which has memory of its own and is
+        made anew with every mask that is set, and the addresses of weights, buffers and the base optimizer's state."""
+        model, state = self.optimizer.model, tensors_of(list(self.optimizer.state.values()))
+        return self.optimizer._region, [t.data_ptr() for t in chain(model.parameters(), model.buffers(), state)]
+
     @property
     def _groups(self) -> list[dict[str, Any]]:
         return self.optimizer.param_groups
@@ -198,6 +207,9 @@ class CapturedStep:
         before = self._rng_states()
         loss, _ = self._recorder.eager(lambda: self._body(batch))
         memory.steps += 1
+        found = self._tied_to()
+        if found != self._tied:  # state appears in a parameter's first step: no reason to count from the beginning
+            self._recorded, self._tied = {}, found
         cpu, own, drawn = (not torch.equal(b, a) for b, a in zip(before, self._rng_states(), strict=True))
         if cpu or own:
             self._obstacle = "it draws random numbers on the CPU"

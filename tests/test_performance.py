@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from benchmarks import gpu, growth, page, profiles
 from benchmarks.rows import Row
+from experiments.models import build_model
+
+CPU = torch.device("cpu")
 
 
 def test_the_page_holds_what_the_results_say() -> None:
@@ -125,12 +130,64 @@ def test_the_gpu_benchmark_on_a_cpu(
     rows = {row["what"]: row for row in result["rows"]}
     work = gpu.WORKLOADS[2]
     flops = result["workloads"][work.name]["flops_per_step"]
-    assert flops["all"] == 2 * flops["none"]
-    assert 1.6 < flops["norm"] / flops["none"] < 1.7
+    assert flops["all"] == 2 * flops["SGD"]
+    assert 1.6 < flops["norm"] / flops["SGD"] < 1.7
     seconds = result["rounds"][work.name][0]["seconds"]
     assert rows[f"{work.name}, all eager"]["found"]["median"] == pytest.approx(4 / seconds["all eager"])
-    assert rows[f"{work.name}, all, eager"]["found"]["median"] == seconds["all eager"] / seconds["none eager"]
+    assert rows[f"{work.name}, all, eager"]["found"]["median"] == seconds["all eager"] / seconds["SGD eager"]
+    moved = rows["resnet20, all, w + eps and back"]
+    seconds = result["rounds"]["resnet20, moves"][0]["seconds"]["all"]
+    assert moved["found"]["median"] == pytest.approx(1e6 * seconds / 20)
+    model = build_model("resnet20", in_channels=3, image_size=(32, 32), num_classes=10)
+    count = sum(p.numel() for p in model.parameters())
+    assert moved["limit"] == pytest.approx(28e6 * count / result["limits"]["copied bytes/s"])
+    assert rows["resnet20, norm, w + eps and back"]["limit"] < 0.01 * moved["limit"]
     assert work.name in capsys.readouterr().out
+
+
+class Again:
+    """A recorder without a graph; a replay does the work again, and writes to the same place."""
+
+    def __init__(self) -> None:
+        self.records = 0
+
+    def eager(self, body: Any) -> Any:
+        return body()
+
+    def record(self, body: Any) -> Any:
+        self.records += 1
+        place = torch.zeros(())
+
+        def replay() -> Any:
+            loss, stats = body()
+            return place.copy_(loss), stats
+
+        return replay
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_unit_of_the_gpu_benchmark_is_plain_sgd(bf16: bool) -> None:
+    """The same losses as a loop written here, recorded or not."""
+    work, recorder = gpu.Workload("resnet20", 2, bf16, 1), Again()
+    runs = [gpu.Run.of(work, gpu.SGD, CPU), gpu.Run.of(work, gpu.SGD, CPU, recorder)]
+    found = [[run.step() for _ in range(6)] for run in runs]  # the losses are kept, not overwritten
+    torch.manual_seed(0)
+    model = build_model("resnet20", in_channels=3, image_size=(32, 32), num_classes=10).to(
+        memory_format=torch.channels_last
+    )
+    x, y = torch.randn(2, 3, 32, 32).to(memory_format=torch.channels_last), torch.randint(10, (2,))
+    optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, weight_decay=5e-4, fused=True)
+    losses = []
+    for _ in range(6):
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert torch.tensor(found).tolist() == [pytest.approx(losses, rel=1e-6)] * 2
+    assert recorder.records == 1
+    assert gpu.trajectory_difference(work, gpu.SGD, CPU, Again(), steps=5) == 0
 
 
 def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

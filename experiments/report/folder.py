@@ -89,7 +89,10 @@ def _asked(folder: Path) -> tuple[CompareConfig, MeasureConfig]:
         if isinstance(error, InputError):
             raise
         why = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
-        raise InputError(f"{folder} is not the folder of a comparison: cannot read its {STUDY_FILE} ({why})") from None
+        raise InputError(
+            f"{folder} is not the folder of a comparison: cannot read its {STUDY_FILE} ({why}); give one that compare "
+            "wrote, such as results/compare-ID"
+        ) from None
 
 
 def _made(cls: type, values: dict[str, Any]) -> Any:

@@ -212,6 +212,7 @@ def test_several_comparisons_have_one_table(
         study = json.loads(Path(f"o/label_noise={noise}/study.json").read_text())
         assert study["config"]["label_noise"] == noise
     page = Path("o/ablation.md").read_text()
+    assert "SMOKE: it runs." in page
     for text in (
         question("label_noise"),
         r"| label\_noise | arm | kept | density | rho | accuracy % | gain | p Holm | n |",

@@ -48,7 +48,7 @@ def test_counts_limits_and_bytes(report):
 
 def test_the_text_names_what_was_measured(report):
     text = report.as_text()
-    assert "19,706 trainable coordinates, batch 8, 3 rounds" in text
+    assert "19,706 trainable coordinates, batch 8 of 1x8x8, 10 classes, 3 rounds" in text
     assert "instead of" not in text
     assert json.loads(report.as_json())["masks"][0]["kept"] == 288
 

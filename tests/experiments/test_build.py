@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
-from experiments.build import base_optimizer, budget_of, initial_model, prepared_method
+from experiments.build import base_optimizer, budget_of, initial_model, load_cached, prepared_method
 from experiments.config import RunConfig
 from experiments.data import ImageSet
 from masks import MaskSpec, ParamTable
@@ -27,6 +29,15 @@ def norm_parameters(model: nn.Module) -> set[str]:
     return {
         f"{name}.{own}" for name, m in model.named_modules() if isinstance(m, NORMS) for own, _ in m.named_parameters()
     }
+
+
+def test_one_class_is_refused(tmp_path: Path) -> None:
+    """As from a folder of class folders that is named one level too high."""
+    (tmp_path / "all").mkdir()
+    for value in (0, 9):
+        Image.new("L", (4, 4), value).save(tmp_path / "all" / f"{value}.png")
+    with pytest.raises(InputError, match=r"has one class only \(all\), and there is nothing to tell it from$"):
+        load_cached(f"folder:{tmp_path}")
 
 
 # -- weight decay -------------------------------------------------------------------------------------------

@@ -80,5 +80,14 @@ def test_what_is_no_checkpoint_is_refused_in_one_line(
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"cannot read checkpoint .*none\.pt: No such file"):
+    with pytest.raises(InputError, match=r"cannot read checkpoint .*none\.pt: No such file[^;]*$"):
         read_weights(tmp_path / "none.pt")
+    save_checkpoint(tmp_path / "checkpoint.pt", STATE)
+    with pytest.raises(InputError, match=r"Is a directory; did you mean .*checkpoint\.pt\?$"):
+        read_weights(tmp_path)
+
+
+def test_a_whole_model_is_told_how_it_is_saved(tmp_path: Path) -> None:
+    torch.save(torch.nn.Linear(2, 2), tmp_path / "whole.pt")
+    with pytest.raises(InputError, match=r"not a checkpoint of plain tensors.*torch\.save\(model\.state_dict"):
+        read_weights(tmp_path / "whole.pt")

@@ -34,6 +34,7 @@ def test_help_lists_and_explains_every_option(command: str | None, capsys: Outpu
         return
     assert f"example: sam-masks {command}" in out
     assert "<class" not in out
+    assert "%%" not in out
     parser = next(a.choices for a in cli.build_parser()._actions if isinstance(a.choices, dict))[command]
     for action in parser._actions:
         for option in action.option_strings:

@@ -62,6 +62,7 @@ CHANGES: dict[str, Any] = {
     "norm_scope": "full",
     "norm_statistics": "both",
     "precision": "bf16",
+    "channels_last": False,
     "score_images": 3,
     "seed": 1,
     "tuning": True,

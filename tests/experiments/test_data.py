@@ -190,6 +190,7 @@ def test_an_image_set_cannot_be_made_of_parts_that_do_not_fit() -> None:
         ("", "unknown data set ''; known: cifar10, .*digits, .*npz:FILE"),
         ("npz:", "lacks the path: npz:FILE"),
         ("folder:", "lacks the path: folder:DIR"),
+        (".", r"data '\.' is a folder; give folder:\.$"),
     ],
 )
 def test_unknown_names(spec: str, message: str) -> None:

@@ -361,7 +361,7 @@ def test_a_model_of_ones_own_is_examined_with_the_types_that_a_plugin_declares(h
     ("model", "text"),
     [
         ("resnet_smal", "unknown model 'resnet_smal'; did you mean resnet_small"),
-        ("nowhere_at_all:net", "cannot import 'nowhere_at_all'"),
+        ("nowhere_at_all:net", "model nowhere_at_all:net: cannot import 'nowhere_at_all'"),
     ],
 )
 def test_a_model_that_cannot_be_built_is_a_finding(model: str, text: str, healthy: Path, capsys: Output) -> None:
@@ -369,6 +369,7 @@ def test_a_model_that_cannot_be_built_is_a_finding(model: str, text: str, health
     out, err = capsys.readouterr()
     assert err == ""
     assert text in out
+    assert "net: model" not in out
     assert out.endswith(f"broken: model {model}\n")
 
 

@@ -360,8 +360,16 @@ def test_a_width_is_never_dropped(user: str) -> None:
 
 
 def test_modules_that_cannot_be_imported(user: str) -> None:
-    with pytest.raises(InputError, match=r"cannot import 'nowhere_at_all' .ModuleNotFoundError: No module named"):
-        build("nowhere_at_all:make")
+    hint = "; name one of the current folder"
+    for absent in ("nowhere_at_all", "nowhere.at_all", f"{user}.py", f"./{user}.py"):
+        with pytest.raises(InputError, match=rf"cannot import '{absent}' .(ModuleNotFound|Type)Error: .*{hint}"):
+            build(f"{absent}:make")
+    Path(f"{user}_lacks.py").write_text("import nowhere_at_all")
+    with pytest.raises(InputError, match=r"_lacks' .ModuleNotFoundError: No module named 'nowhere_at_all'.$"):
+        build(f"{user}_lacks:make")
+    for spec in (user, f"{user}.py"):
+        with pytest.raises(InputError, match=f"model '{spec}' is a module; name its function too: {user}:FUNCTION$"):
+            build(spec)
     Path(f"{user}_broken.py").write_text("def (")
     with pytest.raises(InputError, match=r"_broken' .SyntaxError: invalid syntax"):
         build(f"{user}_broken:make")

@@ -30,12 +30,6 @@ def files(folder: Path) -> dict[str, str]:
     return {path.as_posix(): (folder / path).read_text() for path in kept}
 
 
-@pytest.fixture
-def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
-    mask_info("norm")
-    monkeypatch.setattr(registry, "_registry", dict(registry._registry))
-
-
 def test_the_example_is_what_it_writes_for_its_name(in_folder: Path) -> None:
     assert files(SOURCE) == files(new_mask(NewMaskOptions(EXAMPLE)))
     assert ROOT / "experiments" / "examples" / "mask_plugin" == SOURCE
@@ -57,7 +51,7 @@ def test_another_name_is_put_everywhere(in_folder: Path) -> None:
 
 
 def test_its_tests_pass_and_its_mask_is_found(
-    in_folder: Path, own_registry: None, monkeypatch: pytest.MonkeyPatch
+    in_folder: Path, own_masks: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In this process, as if it were installed: its tests need the entry point."""
     folder = new_mask(NewMaskOptions("my_own"))

@@ -141,6 +141,16 @@ def test_a_run_takes_the_sum_of_its_parts(settings: dict[str, Any], builds: int,
     assert pace.of_run(run, measures=False) == 3 * 4 * run.epochs + 100 * builds
 
 
+@pytest.mark.parametrize(("seeds", "warned"), [(2, True), (6, False)])
+def test_too_few_seeds_are_said_before_the_runs(
+    tiny_comparison: Callable[..., CompareConfig], in_folder: Path, ticking: None, seeds: int, warned: bool
+) -> None:
+    arms = tuple(arm for arm in tiny_comparison().arms if arm.name in ("none", "none_2x", "norm"))
+    found = plan_comparison(tiny_comparison(arms=arms, seeds=seeds), processes=2, policy=QUIET)
+    assert ("TOO FEW SEEDS: with 1 main contrasts" in found.as_text()) == warned
+    assert bool(json.loads(found.as_json())["warnings"]) == warned
+
+
 def test_runs_that_are_not_there_are_timed_and_shared_out(
     tiny_comparison: Callable[..., CompareConfig], in_folder: Path, ticking: None
 ) -> None:

@@ -126,6 +126,7 @@ def test_failures_have_their_reason(folder: Path) -> None:
         "a008 arm all, rho 0.1, seed 8: diverged: loss 9 at the end",
         "4 runs: 1 damaged, 1 diverged, 1 failed, 1 unfinished",
     ]
+    assert show(RunsOptions(str(folder / "s009"), failed=True)) == ("none of 1 runs", [])
     with pytest.raises(InputError, match=r"1 damaged records, first: .*n001 is not the record of a run"):
         load_results(folder)
 

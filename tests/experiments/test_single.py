@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from experiments.checkpoint import read_weights
 from experiments.config import RunConfig
 from experiments.data import load_data
-from experiments.runner import RunFailed
+from experiments.runner import Policy, RunFailed
 from experiments.seeds import derive_seed
 from experiments.single import train_one
 from experiments.store import Store, read_failure, read_run
@@ -56,6 +57,25 @@ def test_the_run_is_train_runs(tiny: Tiny, tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert train_one(tiny(), folder, policy=QUIET) == (record, folder, ())  # the same run is read, not made again
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize(("terminal", "quiet"), [(True, False), (True, True), (False, False)])
+def test_progress_is_shown_in_a_terminal(
+    tiny: Tiny,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    terminal: bool,
+    quiet: bool,
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    config = tiny(epochs=3)
+    record, _, _ = train_one(config, tmp_path / "out", policy=Policy(quiet=quiet))
+    out, err = capsys.readouterr()
+    steps = 3 * -(-record.result["train_images"] // config.batch_size)
+    assert out == ""
+    assert ("training: 100%|" in err and f"| {steps}/{steps} [" in err) is (terminal and not quiet)
+    assert bool(err) is (terminal and not quiet)
 
 
 def test_a_damaged_record_is_set_aside_and_made_again(tiny: Tiny, tmp_path: Path) -> None:

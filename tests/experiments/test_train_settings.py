@@ -332,3 +332,50 @@ def test_bf16_is_another_run_that_ends_near_the_first(tiny: Tiny) -> None:
     results = [train.result_of(trained) for trained in (plain, half)]
     assert ["measured_in" in result for result in results] == [False, True]
     assert results[1]["measured_in"] == "float32"
+
+
+# -- memory layout ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module", params=[1, 3], ids=["gray", "colour"])
+def images(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A data set of 8x8 images with so many channels."""
+    random = np.random.default_rng(0)
+    x, y = random.integers(0, 256, (200, 8, 8, request.param), dtype=np.uint8), np.arange(200) % 10
+    file = tmp_path_factory.mktemp("images") / "images.npz"
+    np.savez(file, x_train=x[:140], y_train=y[:140], x_test=x[140:], y_test=y[140:])
+    return f"npz:{file}"
+
+
+@pytest.mark.parametrize("augment", ["none", "crop=1+flip", "flip+autoaugment+cutout=2"])
+@pytest.mark.parametrize("channels_last", [True, False])
+def test_training_runs_in_the_layout_that_was_asked_for(
+    tiny: Tiny, images: str, channels_last: bool, augment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Tensor] = []
+    conv2d = F.conv2d
+
+    def noted(x: Tensor, weight: Tensor, *rest: Any, **named: Any) -> Tensor:
+        out = conv2d(x, weight, *rest, **named)
+        if torch.is_grad_enabled() and weight.requires_grad:  # neither in validation nor in augmentation
+            seen.extend(t for t in (x, weight, out) if min(t.shape[1:]) > 1)  # others are of both layouts
+        return out
+
+    monkeypatch.setattr(F, "conv2d", noted)
+    train_run(tiny(data=images, mask="norm", channels_last=channels_last, augment=augment, epochs=1), CPU)
+    assert len(seen) > 50
+    layouts = {(t.is_contiguous(), t.is_contiguous(memory_format=torch.channels_last)) for t in seen}
+    assert layouts == {(not channels_last, channels_last)}
+
+
+@pytest.mark.parametrize("model", ["resnet_small", "vit_small"])
+def test_the_layout_changes_nothing_but_roundings(tiny: Tiny, images: str, model: str) -> None:
+    config = tiny(
+        data=images, model=model, width=16, n_train=64, batch_size=64, mask="all", rho=0.1, augment="crop=1+flip"
+    )
+    last, first, again = (train_run(replace(config, channels_last=on), CPU) for on in (True, False, False))
+    assert same_weights(first.model, again.model)
+    assert first.history[0].loss == pytest.approx(last.history[0].loss, rel=1e-6)  # of one step
+    assert first.history[0].ascent == pytest.approx(last.history[0].ascent, rel=1e-3)
+    for p, q in zip(first.model.parameters(), last.model.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-3, atol=1e-4)

@@ -132,6 +132,14 @@ def test_bad_input_is_one_line(folder: Path, arguments: list[str], message: str,
     assert message in refused([a.format(folder) for a in arguments], capsys)
 
 
+def test_the_middle_of_a_grid_is_named_as_compare_takes_it(tmp_path: Path, capsys: Output) -> None:
+    folder = write_study(tmp_path / "s", result)
+    name, _, _ = PRIMARY.partition("@")
+    assert main(["verdict", str(folder), f"--primary={name}@middle", "--secondary="]) == 0
+    assert f"by {PRIMARY}: " in capsys.readouterr().out
+    assert "did you mean" in refused([str(folder), f"--primary={name[:-1]}@middle"], capsys)
+
+
 def test_names_of_arms_may_hold_the_sign_between_them(tmp_path: Path) -> None:
     arms = {"none": (), "a-b": (0.5, 1.0, 2.0), "a": (0.5, 1.0, 2.0)}
     folder = write_study(tmp_path / "s", result, arms=arms, seeds=4, chosen={"a-b": 1.0, "a": 0.5},
