@@ -23,8 +23,15 @@ def test_step_cost(model, tmp_path, capsys):
     assert {"torch", "cpu", "threads", "load_average"} <= result["environment"].keys()
     assert result["environment"]["threads"] == 1
     [only] = result["rounds"][model]
-    assert sorted(only["order"]) == sorted(["sgd", *step_cost.LABELS])
-    rows = {row["what"].removeprefix(f"{model}, "): row for row in result["rows"]}
+    peers = {name for name in only["order"] if name.startswith("all, ")}
+    assert "all, naive" in peers
+    assert sorted(only["order"]) == sorted(["sgd", *step_cost.LABELS, *peers])
+    of_peers = {row["unit"]: row for row in result["rows"] if row["unit"] in peers}
+    for name in peers:
+        assert of_peers[name]["found"]["median"] == only["seconds"]["all"] / only["seconds"][name]
+    assert [row["at_most"] for row in of_peers.values()].count(1.02) == 1
+    others = [row for row in result["rows"] if row["unit"] not in peers]
+    rows = {row["what"].removeprefix(f"{model}, "): row for row in others}
     for name, label in step_cost.LABELS.items():
         assert rows[label]["found"]["median"] == only["seconds"][name] / only["seconds"]["sgd"]
     assert rows["norm"]["found"]["median"] == only["seconds"]["norm"] / only["seconds"]["all"]
