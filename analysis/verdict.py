@@ -410,7 +410,8 @@ def _lines(
         f"Sign-flip p {gain.p:.2g}, by Bonferroni {gain.p_holm:.2g}; t interval [{gain.low:+.2f}, {gain.high:+.2f}]; "
         f"effect size d_z {gain.effect_size:.2f}.",
         f"Signs agree in {signs.agree} of {signs.n} pairs ({signs.ties} tie{'s' * (signs.ties != 1)}): "
-        f"{signs.agreement:.2f} [{signs.low:.2f}, {signs.high:.2f}]; the arms' own signs imply {signs.implied:.2f}, p {signs.p:.2g}.",
+        f"{signs.agreement:.2f} [{signs.low:.2f}, {signs.high:.2f}]; the arms' own signs imply {signs.implied:.2f}, "
+        f"p {signs.p:.2g}.",
     ]
     for fit in (iso.sweep, iso.retest):
         if fit is not None:

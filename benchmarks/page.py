@@ -23,7 +23,8 @@ _BLOCK = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 def table(result: dict[str, Any]) -> str:
     """Rows with limit and target, and the machine that they were measured on, as Markdown."""
     env = result["environment"]
-    lines = ["| what | cost | quartiles | limit | target | |", "|---|---|---|---|---|---|"]
+    cost, spread = result.get("columns", ("cost", "quartiles"))
+    lines = [f"| what | {cost} | {spread} | limit | target | |", "|---|---|---|---|---|---|"]
     for row in result["rows"]:
         found = row["found"]
         limit = "-" if row["limit"] is None else f"{row['limit']:,.2f}"
