@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from benchmarks import hessian_cost, mask_cost, sharpness_cost
+from benchmarks import hessian_cost, mask_cost, profiles, sharpness_cost
 from benchmarks.rows import Row, table
 
 
@@ -18,11 +18,19 @@ def result_of(main, path, *arguments):
     return result
 
 
+@pytest.fixture(autouse=True)
+def short_profiles(monkeypatch):
+    monkeypatch.setattr(profiles, "ROUNDS", 1)
+
+
 def test_selection(tmp_path, capsys):
     result = result_of(mask_cost.main, tmp_path / "out" / "cost.json", "selection", "--sizes", "3000")
     assert result["schema"] == "sam-masks/benchmarks/mask_cost/1"
     rows = {row["what"]: row for row in result["rows"]}
-    assert len(rows) == 2 * len(mask_cost.DENSITIES)
+    assert len(rows) == 3 * len(mask_cost.DENSITIES)
+    parts = rows[f"3e+03 scores, normal, density 0.5, {mask_cost.PARTS}"]
+    seconds = result["rounds"]["3000"]["3e+03 scores, normal, density 0.5"][0]["seconds"]
+    assert parts["found"]["median"] == pytest.approx(seconds[mask_cost.PARTS] / seconds["torch.topk"])
     seconds = result["rounds"]["3000"]["3e+03 scores, zeros, density 0.5"][0]["seconds"]
     row = rows["3e+03 scores, zeros, density 0.5"]
     assert row["found"]["median"] == pytest.approx(seconds["top_k"] / seconds["torch.topk"])

@@ -10,8 +10,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks import default_comparison, method_cost, naive, perturb_cost, step_cost
+from benchmarks import default_comparison, method_cost, naive, perturb_cost, profiles, step_cost
 from sam import MethodSpec
+
+
+@pytest.fixture(autouse=True)
+def short_profiles(monkeypatch):
+    monkeypatch.setattr(profiles, "ROUNDS", 1)
 
 
 @pytest.mark.parametrize("model", ["resnet20", pytest.param("resnet18_w16", marks=pytest.mark.slow), "vit_d128"])
