@@ -175,10 +175,14 @@ def test_default_comparison(tmp_path):
     small = ["--masks", "none,norm", "--rho-grid", "1", "--seeds", "1", "--epochs", "1", "--tuning-seeds", "1"]
     default_comparison.main(["--json", str(path), "--", *small])
     result = json.loads(path.read_text())
-    wall, processor = (row["found"]["median"] for row in result["rows"])
-    assert result["rounds"]["compare"][0]["seconds"] == {"wall": wall, "processor": processor}
+    found = {row["what"]: row["found"]["median"] for row in result["rows"]}
+    seconds = result["rounds"]["compare"][0]["seconds"]
+    assert list(found.values()) == list(seconds.values())
+    wall, processor, *parts = seconds.values()
     assert wall > 0.5
-    assert processor > 0.5
+    assert sum(parts) == pytest.approx(processor)
+    assert seconds["training the report's runs"] > 0
+    assert seconds["training to choose the radii"] == 0  # one radius: nothing to choose
     assert result["rows"][0]["met"] is None  # the target is that of the defaults
 
 
