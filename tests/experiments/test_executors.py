@@ -88,6 +88,7 @@ def test_runs_are_dealt_out_to_several_gpus(monkeypatch: pytest.MonkeyPatch) -> 
         assert module._device_of("auto", 1) == "auto"
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_takes_only_its_own_run_along(tiny: Tiny, tmp_path: Path) -> None:
     executor = LocalExecutor(2)
     ends: dict[str, str] = {}

@@ -77,7 +77,7 @@ def attempts(folder: Path) -> dict[str, str]:
 
 @pytest.mark.parametrize(
     ("kills", "runs", "epochs", "seed"),
-    [(5, 8, 24, 0), pytest.param(50, 24, 100, 1, marks=pytest.mark.slow)],
+    [(3, 6, 24, 0), pytest.param(50, 24, 100, 1, marks=pytest.mark.slow)],
 )
 def test_killed_at_random_points(tiny: Tiny, tmp_path: Path, kills: int, runs: int, epochs: int, seed: int) -> None:
     configs = [tiny(seed=i, epochs=epochs, mask="fisher@every=9").resolved() for i in range(runs)]
