@@ -1,6 +1,7 @@
 """GPU-hours of the published grids, from counted operations; the table of docs/scaling.md.
 
     python -m benchmarks.gpu_hours [--tflops 35] [--seeds 8] [--tuning-seeds 2]
+    python -m benchmarks.gpu_hours --configs FILE ... [--tflops 35]
 
     hours = sum over runs of (epochs x images x passes x 3 F) / throughput
 
@@ -15,8 +16,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+import yaml
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models import VisionTransformer, resnet50
@@ -92,12 +95,34 @@ def table(tflops: float, seeds: int, tuning_seeds: int) -> str:
     return "\n".join(lines)
 
 
+def of_config(file: Path, tflops: float) -> str:
+    """What a comparison on 10 classes of 32x32 images takes, as its file says and with every grid extended."""
+    config = yaml.safe_load(file.read_text(encoding="utf-8"))
+    model = build_model(config["model"], in_channels=3, image_size=(32, 32), num_classes=10).to("meta")
+    said = []
+    for more in dict.fromkeys((0, config.get("extend", 0))):
+        arms = [
+            Arm(arm["name"], arm["mask"], (*rho, *(max(rho) + 1 + i for i in range(more))) if rho else (),
+                arm.get("epochs_factor", 1))
+            for arm in config["arms"]
+            for rho in [tuple(arm.get("rho", ()))]
+        ]  # fmt: skip
+        grid = Grid(file.stem, forward_flops(model, 32), config["n_train"], config["epochs"], tuple(arms))
+        runs, passes = grid.passes(config["seeds"], config["tuning_seeds"])
+        said.append(f"{runs} runs, {grid.hours(passes, tflops):.1f} h")
+    return f"{file}: {'; extended to the end: '.join(said)}"
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--tflops", type=float, default=35.0, help="sustained throughput of one GPU, 1e12/s")
     parser.add_argument("--seeds", type=int, default=8, help="seeds of the report")
     parser.add_argument("--tuning-seeds", type=int, default=2, help="seeds on which every radius is tried")
+    parser.add_argument("--configs", nargs="+", type=Path, help="configurations of comparisons instead of the table")
     options = parser.parse_args(arguments)
+    if options.configs:
+        print("\n".join(of_config(file, options.tflops) for file in options.configs))
+        return
     print(table(options.tflops, options.seeds, options.tuning_seeds))
 
 

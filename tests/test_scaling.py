@@ -38,3 +38,11 @@ def test_runs_passes_and_hours_by_hand() -> None:
     assert passes == 3 * 1 + 3 * 2 + 7 * 2 + 3 * 2
     # 36,000 images x 3e9 operations at 1e12 per second are 108 s.
     assert grid.hours(1, tflops=1.0) == pytest.approx(108 / 3600)
+
+
+def test_hours_of_a_configuration(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--configs", "studies/cifar10_gpu/resnet18_long.yaml"])
+    said = capsys.readouterr().out
+    # SGD 8 runs of one pass; 2 arms of 8 + 5 runs, then 8 + 7, of two: 1.11 GFLOP x 3 x 45,000 x 200 / 35e12.
+    hours = [(8 + 2 * 2 * runs) * 3 * 1.11084544e9 * 45_000 * 200 / 35e12 / 3600 for runs in (13, 15)]
+    assert f"34 runs, {hours[0]:.1f} h; extended to the end: 38 runs, {hours[1]:.1f} h" in said

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,11 @@ import pytest
 import yaml
 from PIL import Image
 
+from experiments.config import Arm, CompareConfig
 from experiments.data import load_data
 from studies import page, run, unpack_jpeg
 
+FIELDS = {field.name for field in fields(CompareConfig)}
 FOLDERS = sorted(path.parent for path in run.HERE.glob("*/claims.yaml"))
 
 
@@ -116,6 +119,28 @@ def test_claims_are_about_comparisons_and_arms_that_are_there(folder: Path) -> N
         assert any({claim["arm"], claim["reference"]} <= arms[name] for name in wanted), claim["says"]
         made = verdict((0.0, -9.0, 9.0), (0.0, -9.0, 9.0))
         assert run.outcome(claim, made, claims["margin"])["held"] is None
+
+
+def test_numbers_of_runs_are_those_of_the_configurations() -> None:
+    """Of the first lines of each file, and of the table of docs/studies.md."""
+    page_text = (page.DOCS / "studies.md").read_text(encoding="utf-8")
+    for folder in FOLDERS:
+        totals = [0, 0]
+        files = [file for file in sorted(folder.glob("*.yaml")) if file.name != "claims.yaml"]
+        for file in files:
+            config = yaml.safe_load(file.read_text(encoding="utf-8"))
+            asked = CompareConfig(**{key: value for key, value in config.items() if key in FIELDS}
+                                  | {"arms": tuple(Arm(**arm) for arm in config["arms"])})  # fmt: skip
+            tuned = [arm for arm in asked.arms if arm.rho]
+            each = asked.tuning_seeds + config.get("sweep", False) * asked.seeds
+            report = len(asked.arms) - len(tuned) * config.get("sweep", False)
+            runs = report * asked.seeds + each * sum(len(arm.rho) for arm in tuned)
+            more = each * asked.extend * len(tuned)
+            assert f"Cost: {runs} runs and up to {more} more" in file.read_text(encoding="utf-8"), file
+            totals = [totals[0] + runs, totals[1] + more]
+        per = 2 if folder.name == "digits" else 1
+        assert f"{totals[0] // per} runs" in page_text
+        assert f"up to {totals[1] // per} more" in page_text
 
 
 def test_the_pages_hold_what_the_records_say() -> None:

@@ -76,6 +76,21 @@ def test_few_of_few_scores_are_those_of_a_stable_sort(kind: str, largest: bool) 
 
 
 @pytest.mark.parametrize("largest", [True, False])
+@pytest.mark.parametrize("kind", ["normal", "many zeros", "few values"])
+def test_small_tensors_are_ranked_together(kind: str, largest: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sorted, where they are few, and compared in joined chunks, where they are many."""
+    scores = list(drawn(kind, 20_003).split([300] * 40 + [0, 1, 7_001, 1_001]))
+    for most in (2**17, 0):
+        monkeypatch.setattr(ranking, "_SORTED", most)
+        monkeypatch.setattr(ranking, "_FEW", 2**14 if most else 64)
+        monkeypatch.setattr(ranking, "_CHUNK", 1_003)
+        for k in (1, 2, 50, 2_500, 2_501, 12_000, 20_002):
+            found = Ranking(scores, largest=largest).best(k)
+            assert [len(f) for f in found] == [len(s) for s in scores]
+            assert torch.equal(torch.cat(found), by_sorting(scores, k, largest=largest)), (most, k)
+
+
+@pytest.mark.parametrize("largest", [True, False])
 def test_one_reading_between_two_pivots_is_the_rule(largest: bool, rounds: list[object]) -> None:
     ranked = Ranking([drawn("normal", 20_001).exp()], largest=largest)
     for k in range(100, 20_000, 500):
