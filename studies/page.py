@@ -16,6 +16,8 @@ from typing import Any
 
 import pandas as pd
 
+from studies.run import estimate
+
 HERE = Path(__file__).resolve().parent
 DOCS = HERE.parent / "docs"
 FIGURES = {"accuracy.svg": "Test accuracy per arm", "rho.svg": "Validation accuracy against the radius"}
@@ -68,15 +70,13 @@ def claims(records: Path) -> str:
 
 
 def _claim(one: dict[str, Any]) -> dict[str, str]:
-    numbers = one.get("word", "")
-    if "value" in one:
-        low, high = ("unbounded" if one[end] is None else f"{one[end]:+.2f}" for end in ("low", "high"))
-        numbers = f"{one['value']:+.2f} [{low}, {high}] {one['unit']}"
+    numbers = [f"{estimate(one)} {one['unit']}"] if "value" in one else []
+    numbers += [one["word"]] if "word" in one else []
     return {
         "claim": f"{one['says']} ({one['by']})",
         "comparison": f"{one['comparison']}, {one['method']}",
         "outcome": _WORDS[one["held"]],
-        "by": f"{numbers}, n = {one['n']}",
+        "by": f"{'; '.join(numbers)}; n = {one['n']}",
     }
 
 

@@ -22,6 +22,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import yaml
 
 from experiments.cli import main as sam_masks
@@ -63,9 +64,10 @@ def contrasts(claims: Iterable[dict[str, Any]], arms: Sequence[str]) -> list[str
     out: list[str] = []
     for method in dict.fromkeys(arm.partition("/")[0] for arm in arms if "/" in arm):
         for claim in claims:
-            pair = [name if name == "none" else f"{method}/{name}" for name in (claim["arm"], claim["reference"])]
-            if set(pair) <= set(arms):
-                out.append("-".join(pair))
+            for reference in (claim["reference"], *claim.get("rivals", ())):
+                pair = [name if name in arms else f"{method}/{name}" for name in (claim["arm"], reference)]
+                if set(pair) <= set(arms):
+                    out.append("-".join(pair))
     return list(dict.fromkeys(out))
 
 
@@ -101,6 +103,41 @@ def outcome(claim: dict[str, Any], verdict: dict[str, Any], margin: float) -> di
     return {"held": held, **told, "unit": unit, "p": None if of_sharpness else verdict["gain"]["p_holm"]}
 
 
+def estimate(found: dict[str, Any]) -> str:
+    """``+0.50 [-0.10, +1.10]`` of an outcome."""
+    low, high = ("unbounded" if found[end] is None else f"{found[end]:+.2f}" for end in ("low", "high"))
+    return f"{found['value']:+.2f} [{low}, {high}]"
+
+
+def beyond_ascent(
+    claim: dict[str, Any], verdicts: dict[str, dict[str, Any]], ascents: dict[str, float], margin: float
+) -> dict[str, Any]:
+    """Whether an arm's gain over its reference is more than the ascent strength that it has in common with others.
+
+    Args:
+        claim: with ``arm``, ``reference`` and ``rivals``.
+        verdicts: of the arm's contrasts, by the name of the other arm.
+        ascents: mean of L(w + eps) - L(w) over training, by the arm's name.
+        margin: points of accuracy that do not matter.
+
+    Returns:
+        As :func:`outcome`, of the difference to the reference; ``word`` says of which rivals. Where the arm is not
+        better than its reference, or no rival ascends as strongly, nothing is decided. Otherwise the claim held where
+        the arm is better than such a rival, and did not hold where it is better than none of them by the margin.
+    """
+    gain = outcome({"is": "better"}, verdicts[claim["reference"]], margin)
+    rivals = [name for name in claim["rivals"] if name in verdicts and ascents[name] >= ascents[claim["arm"]]]
+    if not gain["held"]:
+        return {**gain, "held": None, "word": f"not shown to be better than {claim['reference']}"}
+    if not rivals:
+        return {**gain, "held": None, "word": f"none of {', '.join(claim['rivals'])} ascends as strongly"}
+    more = {name: outcome({"is": "better"}, verdicts[name], margin) for name in rivals}
+    no_more = [outcome({"is": "not_better"}, verdicts[name], margin)["held"] for name in rivals]
+    held = True if any(one["held"] for one in more.values()) else False if all(no_more) else None
+    told = (f"{name} {estimate(one)}" for name, one in more.items())
+    return {**gain, "held": held, "word": f"against arms of at least its ascent strength: {', '.join(told)}"}
+
+
 def judged(folder: Path, claims: dict[str, Any], arms: Sequence[str]) -> list[dict[str, Any]]:
     """The verdicts that the claims need; none where the arms allow none, or there are too few runs."""
     pairs = contrasts(claims["claims"], arms)
@@ -125,16 +162,37 @@ def keep(folder: Path, records: Path, verdicts: list[dict[str, Any]]) -> None:
     (records / "verdict.json").write_text(json.dumps(verdicts, indent=1) + "\n", encoding="utf-8")
 
 
-def settle(claims: dict[str, Any], verdicts: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Every claim in every comparison that can decide it, under every method."""
+def ascents_of(records: Path) -> dict[str, float]:
+    """The mean ascent strength of every arm of a comparison's committed table, in nats."""
+    table = pd.read_csv(records / "table.csv", keep_default_na=False, na_values=[""])
+    return dict(zip(table.arm, table.ascent, strict=True))
+
+
+def settle(
+    claims: dict[str, Any], verdicts: dict[str, list[dict[str, Any]]], ascents: dict[str, dict[str, float]]
+) -> list[dict[str, Any]]:
+    """Every claim in every comparison that can decide it, under every method.
+
+    Args:
+        claims: what claims.yaml holds.
+        verdicts: per comparison, as ``sam-masks verdict --json`` prints them.
+        ascents: per comparison, the mean ascent strength of every arm.
+    """
     out = []
     for claim in claims["claims"]:
         for name in claims["sweeps"] if claim["is"] == "not_explained" else claims["comparisons"]:
             for verdict in verdicts.get(name, []):
                 method, _, arm = verdict["arm"].partition("/")
-                if (arm, verdict["reference"].rpartition("/")[2]) == (claim["arm"], claim["reference"]):
+                if (arm, verdict["reference"].rpartition("/")[2]) != (claim["arm"], claim["reference"]):
+                    continue
+                if claim["is"] == "beyond_ascent":
+                    same = {one["reference"]: one for one in verdicts[name] if one["arm"] == verdict["arm"]}
+                    against = {whom.rpartition("/")[2]: one for whom, one in same.items()}
+                    strength = {whom.removeprefix(f"{method}/"): much for whom, much in ascents[name].items()}
+                    decided = beyond_ascent(claim, against, strength, claims["margin"])
+                else:
                     decided = outcome(claim, verdict, claims["margin"])
-                    out.append({**claim, "comparison": name, "method": method, "n": verdict["seeds"], **decided})
+                out.append({**claim, "comparison": name, "method": method, "n": verdict["seeds"], **decided})
     return out
 
 
@@ -152,10 +210,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     claims = yaml.safe_load((folder / "claims.yaml").read_text(encoding="utf-8"))
     records = folder / "records" if options.scale == 1 else options.out / options.study / "records"
     verdicts: dict[str, list[dict[str, Any]]] = {}
+    ascents: dict[str, dict[str, float]] = {}
     for name in [*claims["comparisons"], *claims["sweeps"]]:
         if options.only and name not in options.only:
             if (records / name / "verdict.json").exists():
                 verdicts[name] = json.loads((records / name / "verdict.json").read_text(encoding="utf-8"))
+                ascents[name] = ascents_of(records / name)
             continue
         file = folder / f"{name}.yaml"
         config = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -169,7 +229,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arms = [arm["name"] for arm in made["config"]["arms"]]
         verdicts[name] = judged(out, claims, arms) if not smaller else []
         keep(out, records / name, verdicts[name])
-    settled = settle(claims, verdicts)
+        ascents[name] = ascents_of(records / name)
+    settled = settle(claims, verdicts, ascents)
     records.mkdir(parents=True, exist_ok=True)
     (records / "claims.json").write_text(json.dumps(settled, indent=1) + "\n", encoding="utf-8")
     words = {True: "held", False: "NOT HELD", None: "not decided"}

@@ -85,6 +85,37 @@ def test_contrasts_are_those_that_the_arms_allow_under_each_method() -> None:
     arms = ["none", "none_2x", "sam/all", "sam/norm", "asam/norm"]
     assert run.contrasts(claims, arms) == ["sam/norm-none", "sam/norm-sam/all", "asam/norm-none"]
     assert run.contrasts(claims, ["none", "sam/random"]) == []
+    rivals = [{"arm": "norm", "reference": "none_2x", "rivals": ["all", "random"]}]
+    assert run.contrasts(rivals, arms) == ["sam/norm-none_2x", "sam/norm-sam/all", "asam/norm-none_2x"]
+
+
+@pytest.mark.parametrize(
+    ("gain", "over_all", "over_random", "ascents", "held", "word"),
+    [
+        (1.0, 2.0, -9.0, {"norm": 0.2, "all": 0.2, "random": 0.1}, True, "all +2.00 [+1.50, +2.50]"),
+        (1.0, 2.0, -9.0, {"norm": 0.2, "all": 0.2, "random": 0.3}, True, "random -9.00 [-9.50, -8.50]"),
+        (1.0, -2.0, 9.0, {"norm": 0.2, "all": 0.2, "random": 0.1}, False, "all -2.00 [-2.50, -1.50]"),
+        (1.0, 0.4, 9.0, {"norm": 0.2, "all": 0.3, "random": 0.1}, None, "all +0.40 [-0.10, +0.90]"),
+        (1.0, 9.0, 9.0, {"norm": 0.2, "all": 0.1, "random": 0.1}, None, "none of all, random ascends as strongly"),
+        (0.4, 9.0, 9.0, {"norm": 0.2, "all": 0.3, "random": 0.3}, None, "not shown to be better than none_2x"),
+        (-2.0, 9.0, 9.0, {"norm": 0.2, "all": 0.3, "random": 0.3}, None, "not shown to be better than none_2x"),
+    ],
+)
+def test_beyond_ascent(
+    gain: float, over_all: float, over_random: float, ascents: dict[str, float], held: bool | None, word: str
+) -> None:
+    """Through settle: only rivals that ascend at least as strongly count, and one that is worse is enough."""
+    found = {"none_2x": gain, "sam/all": over_all, "sam/random": over_random}
+    verdicts = [
+        verdict((value, value - 0.5, value + 0.5), (0, 0, 0)) | {"reference": name} for name, value in found.items()
+    ]
+    claim = {"says": "x", "arm": "norm", "reference": "none_2x", "is": "beyond_ascent", "rivals": ["all", "random"]}
+    claims = {"margin": 0.3, "comparisons": ["a"], "sweeps": [], "claims": [claim]}
+    strength = {"none_2x": 0.0, **{f"sam/{name}": much for name, much in ascents.items()}, "asam/all": 9.0}
+    [settled] = run.settle(claims, {"a": verdicts}, {"a": strength})
+    assert settled["held"] is held
+    assert word in settled["word"]
+    assert (settled["value"], settled["n"]) == (gain, 12)
 
 
 def test_every_claim_is_settled_wherever_it_can_be() -> None:
@@ -97,7 +128,7 @@ def test_every_claim_is_settled_wherever_it_can_be() -> None:
     }  # fmt: skip
     good, bad = verdict((1.0, 0.5, 1.5), (0, 0, 0)), verdict((-1.0, -1.5, -0.5), (0, 0, 0), arm="asam/norm")
     sweep = verdict((1.0, 0.5, 1.5), (0, 0, 0), "not explained")
-    found = run.settle(claims, {"a": [good, bad], "s": [sweep]})
+    found = run.settle(claims, {"a": [good, bad], "s": [sweep]}, {})
     keys = ("says", "comparison", "method", "held")
     assert [tuple(one[key] for key in keys) for one in found] == [
         ("x", "a", "sam", True),
@@ -117,6 +148,9 @@ def test_claims_are_about_comparisons_and_arms_that_are_there(folder: Path) -> N
     for claim in claims["claims"]:
         wanted = claims["sweeps"] if claim["is"] == "not_explained" else claims["comparisons"]
         assert any({claim["arm"], claim["reference"]} <= arms[name] for name in wanted), claim["says"]
+        assert set(claim.get("rivals", ())) <= set().union(*arms.values())
+        if claim["is"] == "beyond_ascent":
+            continue
         made = verdict((0.0, -9.0, 9.0), (0.0, -9.0, 9.0))
         assert run.outcome(claim, made, claims["margin"])["held"] is None
 
@@ -174,8 +208,8 @@ def test_a_table_of_claims(tmp_path: Path) -> None:
     ]
     (tmp_path / "claims.json").write_text(json.dumps(made))
     text = page.claims(tmp_path)
-    assert "| a is b (us) | c, sam | **not held** | -0.50 [unbounded, -0.25] points of test accuracy, n = 12 |" in text
-    assert "| a is b (us) | c, sam | not decided | not identified, n = 12 |" in text
+    assert "| a is b (us) | c, sam | **not held** | -0.50 [unbounded, -0.25] points of test accuracy; n = 12 |" in text
+    assert "| a is b (us) | c, sam | not decided | not identified; n = 12 |" in text
 
 
 def test_jpegs_are_unpacked_as_they_are_read(tmp_path: Path) -> None:
@@ -208,6 +242,6 @@ def test_a_study_shrunk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     run.main(["digits", "--scale", "0.05", "--only", "resnet_half", "--processes", "1", "--out", str(tmp_path)])
     records = tmp_path / "digits" / "records"
     runs = pd.read_csv(records / "resnet_half" / "runs.csv")
-    assert len(runs) == 10 * 5 + 11 * 2
+    assert len(runs) == 12 * 5 + 13 * 2
     assert json.loads((records / "claims.json").read_text()) == []
     assert (records / "resnet_half" / "accuracy.svg").exists()
