@@ -78,6 +78,8 @@ def _one_line(message: str, parser: _Parser) -> str:
         return f"nothing takes the word {unknown[1]!r}; a list has commas and no spaces, such as --masks all,norm"
     if unknown:
         name = next(group for group in unknown.groups() if group).lstrip("-").partition("=")[0]
+        if name in known:
+            return f"option --{name} belongs after the command: sam-masks COMMAND --{name}"
         line = unknown_name("option", name, known)
         return line if "did you mean" in line else f"unknown option {name!r}; --help lists the options"
     choice = re.search(r"invalid choice: '([^']+)' \(choose from (.*)\)", text)

@@ -82,6 +82,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     "option with =": (["compare", "--epochz=3"], "unknown option 'epochz'; did you mean epochs or"),
     "option like none": (["compare", "--xyzzy"], "unknown option 'xyzzy'; --help lists the options"),
     "abbreviation": (["train", "--epoch", "3"], "unknown option 'epoch'; did you mean epochs or"),
+    "option before the command": (["--quiet", "train"], "option --quiet belongs after the command"),
     "argument": (["train", "foo"], "nothing takes the word 'foo'; a list has commas"),
     "option of another command": (["train", "--seeds", "3"], "unknown option 'seeds'; did you mean seed"),
     "what a comparison decides": (["compare", "--mask", "norm"], "unknown option 'mask'; did you mean masks"),
