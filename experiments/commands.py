@@ -40,6 +40,7 @@ class CompareOptions:
         checkpoint_minutes: minutes after which a run is saved each time, to go on from there.
         workers: processes per run that decode images of stream:DIR@SIZE ahead; no number depends on it.
         tensorboard: folder where each run writes its curves for TensorBoard (extra [tensorboard]).
+        reuse: folders of other comparisons, separated by commas; runs that they have, too, are copied, not made again.
         device: auto, cpu, cuda or cuda:N.
         plugin: modules to import for their masks, separated by commas.
         sweep: train every arm at every radius of its grid on the report's seeds, too, for `sam-masks verdict`.
@@ -60,6 +61,7 @@ class CompareOptions:
     checkpoint_minutes: float = 10.0
     workers: int = 0
     tensorboard: str | None = None
+    reuse: str | None = None
     device: str = "auto"
     plugin: str | None = None
     quiet: bool = False
@@ -238,6 +240,7 @@ def _policy(options: CompareOptions) -> Policy:
         workers=options.workers,
         tensorboard=_tensorboard(options),
         quiet=options.quiet,
+        reuse=tuple(map(Path, listed(options.reuse))),
     )
 
 

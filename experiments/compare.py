@@ -114,7 +114,7 @@ def holds(folder: Path, study_id: str) -> bool:
             if found.get("study_id") != study_id:
                 raise InputError(
                     f"{folder} holds the results of another comparison ({found.get('study_id')}, this is {study_id}); "
-                    "choose another folder with --out"
+                    f"choose another folder with --out; --reuse {folder} takes over the runs that both have"
                 )
             return True
         if folder.exists() and any(folder.iterdir()):
@@ -206,15 +206,23 @@ def extended(config: CompareConfig, trials: Sequence[Trial]) -> CompareConfig | 
 
 
 class Plan:
-    """Jobs of a comparison."""
+    """Jobs of a comparison.
 
-    def __init__(self, config: CompareConfig, measure: MeasureConfig, content: dict[str, str]) -> None:
+    Args:
+        config: what to compare.
+        measure: what to measure.
+        content: of each arm, the digests of what it names but does not contain; a run depends on those of its own arm
+            only, so that it is the same run in every comparison that has the arm.
+    """
+
+    def __init__(self, config: CompareConfig, measure: MeasureConfig, content: dict[str, dict[str, str]]) -> None:
         self.config, self.measure, self.content = config, measure, content
 
     @property
     def study_id(self) -> str:
         """Name of the comparison: hash of all that its runs are named after."""
-        return self.config.digest(self.content | {"measure": json.dumps(asdict(self.measure))})
+        together = {name: digest for content in self.content.values() for name, digest in content.items()}
+        return self.config.digest(together | {"measure": json.dumps(asdict(self.measure))})
 
     @property
     def default_folder(self) -> Path:
@@ -233,7 +241,7 @@ class Plan:
     def job(self, arm: Arm, rho: float, seed: int, *, tuning: bool) -> Job:
         run = self.config.run(arm, rho=rho, seed=seed, tuning=tuning)
         measure = None if tuning else self.measure
-        content = self.content | ({} if measure is None else {"measure": json.dumps(asdict(measure))})
+        content = self.content[arm.name] | ({} if measure is None else {"measure": json.dumps(asdict(measure))})
         cost = run.epochs * (1.0 if not arm.rho else 2.0 + mask_info(MaskSpec.parse(arm.mask).name).needs_data)
         return Job(run.digest(content), arm.name, run, measure, cost)
 
@@ -260,12 +268,10 @@ def prepare(config: CompareConfig, measure: MeasureConfig) -> Plan:
     """
     data = load_cached(config.data)
     check_arms(config)  # imports the user's own model, whose source is part of the content
-    content = content_digests(
-        [arm.mask for arm in config.arms],
-        config,
-        data.digest,
-        methods=sorted({arm.method for arm in config.arms if arm.method} | {config.method}),
-    )
+    content = {
+        arm.name: content_digests([arm.mask], config, data.digest, methods=[arm.method or config.method])
+        for arm in config.arms
+    }
     return Plan(config, measure, content)
 
 

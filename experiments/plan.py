@@ -231,8 +231,8 @@ def plan_comparison(
     study_id, folder = plan.study_id, folder or plan.default_folder
     known = holds(folder, study_id)  # refuses a folder of something else
     policy.check(config.data, folder / "runs")
-    store = Store(folder / "runs")
-    plan, left = _extended(plan, as_extended(folder, config) if known else config, store)
+    stores = [Store(place / "runs") for place in (folder, *policy.reuse)]
+    plan, left = _extended(plan, as_extended(folder, config) if known else config, stores)
     config = plan.config
     timed: dict[str, Pace] = {}
     arms = []
@@ -252,12 +252,12 @@ def plan_comparison(
     tuning = plan.tuning()
     for arm in config.arms:
         grid = {rho: jobs for (name, rho), jobs in tuning.items() if name == arm.name}
-        tried = {rho: _kept(store, jobs) for rho, jobs in grid.items()}
+        tried = {rho: _kept(stores, jobs) for rho, jobs in grid.items()}
         complete = all(len(tried[rho]) == len(jobs) for rho, jobs in grid.items())
         chosen = plan.chosen([trial_of(arm.name, rho, found) for rho, found in tried.items()] if complete else [])
         rho = chosen.get(arm.name) if arm.rho else 0.0
         radii = (arm.rho if sweep else ()) or (() if rho is None else (rho,))
-        report = [found for rho in radii for found in _kept(store, plan.report(arm, rho))]
+        report = [found for rho in radii for found in _kept(stores, plan.report(arm, rho))]
         trials = [found for records in tried.values() for found in records]
         arms.append(
             ArmPlan(
@@ -279,13 +279,13 @@ def plan_comparison(
     return StudyPlan(study_id, folder, tuple(arms), processes, TIMED if timed else KEPT, left, warnings)
 
 
-def _extended(asked: Plan, config: CompareConfig, store: Store) -> tuple[Plan, int]:
+def _extended(asked: Plan, config: CompareConfig, stores: Sequence[Store]) -> tuple[Plan, int]:
     """The plan with the grids as far as finished runs tell how they are extended, and how many more radii there may be
     for every arm."""
     plan: Plan | None = Plan(config, asked.measure, asked.content)
     while plan is not None:
         now, tuning = plan, plan.tuning()
-        kept = {cell: _kept(store, jobs) for cell, jobs in tuning.items()}
+        kept = {cell: _kept(stores, jobs) for cell, jobs in tuning.items()}
         added = max(len(a.rho) - len(b.rho) for a, b in zip(now.config.arms, asked.config.arms, strict=True))
         left = max(0, asked.config.extend - added)
         if any(len(kept[cell]) < len(jobs) for cell, jobs in tuning.items()):
@@ -360,11 +360,15 @@ def _done(done: int, runs: int) -> str:
     return f"{runs} ({done} done)" if done else f"{runs}"
 
 
-def _kept(store: Store, jobs: Iterable[Job]) -> list[RunRecord]:
-    """The records of those jobs that are done; a damaged one would be made again."""
-    found = []
-    for job in jobs:
-        with suppress(InputError):
-            record = store.read(job.name, config=asdict(job.config))
-            found += [] if record is None else [record]
-    return found
+def _kept(stores: Sequence[Store], jobs: Iterable[Job]) -> list[RunRecord]:
+    """The records of those jobs that are done in one of the stores; a damaged one would be made again."""
+
+    def read(job: Job) -> RunRecord | None:
+        for store in stores:
+            with suppress(InputError):
+                record = store.read(job.name, config=asdict(job.config))
+                if record is not None:
+                    return record
+        return None
+
+    return [record for record in map(read, jobs) if record is not None]

@@ -41,6 +41,7 @@ class Policy:
         quiet: no progress bar.
         workers: processes of each run that decode images, where they stay in their files.
         tensorboard: folder in which every run has one of its own for TensorBoard; None for none.
+        reuse: folders of other comparisons, whose runs are taken over where they are the same.
 
     Raises:
         InputError: a negative number.
@@ -54,6 +55,7 @@ class Policy:
     quiet: bool = False
     workers: int = 0
     tensorboard: Path | None = None
+    reuse: tuple[Path, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("retries", "checkpoint_epochs", "checkpoint_minutes", "workers"):
@@ -68,13 +70,17 @@ class Policy:
             runs: folders in which they are kept.
 
         Raises:
-            InputError: workers for images in memory; see also :func:`experiments.tensorboard.check_board`.
+            InputError: workers for images in memory; a folder to reuse without runs; see also
+                :func:`experiments.tensorboard.check_board`.
         """
         if self.workers and not data.startswith("stream:"):
             raise InputError(
                 f"workers has no effect with data {data}, whose images are in memory; leave it out, or give "
                 "stream:DIR@SIZE"
             )
+        for folder in self.reuse:
+            if not (folder / "runs").is_dir():
+                raise InputError(f"reuse: {folder} is not the folder of a comparison (it has no folder runs)")
         if self.tensorboard is not None:
             check_board(self.tensorboard, runs)
 
@@ -121,6 +127,8 @@ class Runner:
         failures: list[str] = []
         quiet = self.policy.quiet or not jobs
         with tqdm(total=len(todo), desc=label, unit="run", disable=quiet, dynamic_ncols=True) as bar:
+            for other in self.policy.reuse:
+                self._take_over(list(todo.values()), other, label)
             self._collect(todo, records, bar)
             while todo:
                 before = len(todo)
@@ -170,6 +178,19 @@ class Runner:
                 continue
             del todo[run_id]
             bar.update()
+
+    def _take_over(self, jobs: Sequence[Job], other: Path, label: str) -> None:
+        """Copy those runs that another comparison has and this one does not; a damaged one is made again."""
+        taken, source = 0, Store(other / "runs")
+        for job in jobs:
+            if self.store.is_complete(job.name):
+                continue
+            try:
+                taken += self.store.take_over(job.name, source, job.arm, asdict(job.config))
+            except InputError as error:
+                tqdm.write(f"sam-masks: warning: not reused: {error}", file=sys.stderr)
+        if taken:
+            tqdm.write(f"sam-masks: {label}: {taken} of {len(jobs)} runs taken over from {other}", file=sys.stderr)
 
     def _record(self, job: Job) -> RunRecord:
         record = self.store.read(job.name, config=asdict(job.config))

@@ -20,8 +20,8 @@ import os
 import shutil
 import socket
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -195,6 +195,33 @@ class Store:
         except InputError:
             shutil.rmtree(aside, ignore_errors=True)
             raise
+
+    def take_over(self, name: str, source: Store, arm: str, config: dict[str, Any]) -> bool:
+        """Copy a completed run of another store, as one of this store's arm.
+
+        Args:
+            name: of its folder in both.
+            source: where it is.
+            arm: the arm that it belongs to here.
+            config: what it must have been of.
+
+        Returns:
+            Whether it is here now: not where there is none, or another process is making it.
+
+        Raises:
+            InputError: it is damaged or of another configuration, or cannot be copied.
+        """
+        record = source.read(name, config=config)
+        if record is None:
+            return False
+        aside = self.folder / (name + PARTIAL)
+        with suppress(Busy), self.working_on(name), writing_to(self.folder):
+            if not self.is_complete(name):
+                shutil.rmtree(aside, ignore_errors=True)
+                shutil.copytree(source.folder / name, aside)
+                write_run(aside, replace(record, arm=arm), record.telemetry)
+                os.rename(aside, self.folder / name)
+        return self.is_complete(name)
 
 
 def write_run(folder: Path, record: RunRecord, telemetry: dict[str, Any]) -> None:

@@ -223,6 +223,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         smaller = shrunk(config, options.scale)
         how = [f"--processes={options.processes}", f"--device={options.device}", f"--out={out}", "--quiet"]
         how += [f"--data={options.data}"] if options.data else []
+        others = [str(place.parent) for place in sorted(out.parent.glob("*/runs")) if place.parent != out]
+        how += [f"--reuse={','.join(others)}"] if others else []
         print(f"{name}: {out}", flush=True)
         run(["compare", f"--config={file}", *how, *smaller])
         made = json.loads((out / "study.json").read_text(encoding="utf-8"))

@@ -481,7 +481,7 @@ def test_predicted_costs_are_of_what_the_masks_touch(comparison: Comparison) -> 
 
 
 def test_long_runs_start_first(comparison: Comparison) -> None:
-    plan = module.Plan(comparison.config, comparison.measure, {})
+    plan = module.Plan(comparison.config, comparison.measure, {arm.name: {} for arm in comparison.config.arms})
     cost = {arm.name: plan.report(arm, 0.1)[0].cost for arm in comparison.config.arms}
     assert cost["none"] < cost["none_2x"] == cost["all"] == cost["norm"] < cost["fisher"]
 
@@ -490,7 +490,7 @@ def test_runs_are_named_after_all_that_they_depend_on(comparison: Comparison) ->
     arm = comparison.config.arms[4]
 
     def name(content: str = "d", rho: float = 0.1, tuning: bool = False, **measured: Any) -> str:
-        plan = module.Plan(comparison.config, replace(comparison.measure, **measured), {"data": content})
+        plan = module.Plan(comparison.config, replace(comparison.measure, **measured), {"norm": {"data": content}})
         return plan.job(arm, rho, 0, tuning=tuning).run_id
 
     names = [name(), name("e"), name(rho=0.2), name(images=65), name(sharpness_rho=0.3), name(tuning=True)]
