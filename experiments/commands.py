@@ -303,10 +303,11 @@ def run_ablate(given: dict[str, Any], read: Callable[[dict[str, Any]], dict[str,
         as_json = [plan.as_json() for plan in plans]
         print(f"[{', '.join(as_json)}]" if values[0]["json"] else "\n\n".join(plan.as_text() for plan in plans))
         return EXIT_OK
-    made = []
+    made: list[tuple[dict[str, Any], Comparison, Table, Path]] = []
     for (varied, _), each, (config, measure) in zip(points, values, asked, strict=True):
         at = folder / point_name(varied)
-        made.append((varied, *_compared(config, measure, _pick(CompareOptions, each), at)))
+        reuse = ",".join([*listed(each["reuse"]), *(str(one.folder) for _, one, _, _ in made)])
+        made.append((varied, *_compared(config, measure, _pick(CompareOptions, each | {"reuse": reuse}), at)))
     tables = [(varied, table) for varied, _, table, _ in made]
     page = write_joint(ablation, tables, folder, smoke=options.smoke)
     if values[0]["json"]:

@@ -268,10 +268,10 @@ def prepare(config: CompareConfig, measure: MeasureConfig) -> Plan:
     """
     data = load_cached(config.data)
     check_arms(config)  # imports the user's own model, whose source is part of the content
-    content = {
-        arm.name: content_digests([arm.mask], config, data.digest, methods=[arm.method or config.method])
-        for arm in config.arms
-    }
+    content = {}
+    for arm in config.arms:
+        run = config.run(arm, rho=0.0, seed=config.first_seed, tuning=False)
+        content[arm.name] = content_digests([arm.mask], run, data.digest, methods=[run.method])
     return Plan(config, measure, content)
 
 

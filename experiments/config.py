@@ -477,6 +477,8 @@ class CompareConfig(RunConfig):
             own["method"] = arm.method
         if not arm.rho:
             own["method"] = RunConfig.method  # the base optimizer
+        if MaskSpec.parse(arm.mask).info.kind == "natural":  # the same run whatever the others' count
+            own |= {"density": None, "match": RunConfig.match}
         if not rho:
             own["rho_min"] = None
         if tuning:

@@ -223,6 +223,15 @@ def test_several_comparisons_have_one_table(
     assert all(f"page: o/label_noise={noise}/report.html" in out for noise in (0.0, 0.2, 0.4))
 
 
+def test_a_point_takes_over_what_another_has_made(
+    serial: None, no_figures: None, in_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The base optimizer at another density is the same."""
+    Path("own.yaml").write_text("points:\n  - {density: 0.1}\n  - {density: 0.5}\n")
+    assert main(["ablate", "own.yaml", *SMALL, "--out=o", "--masks=random"]) == 0
+    assert "comparing: 2 of 4 runs taken over from o/density=0.1" in capsys.readouterr().err
+
+
 def test_one_comparison_is_that_of_its_file(
     serial: None, no_figures: None, in_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -125,6 +125,17 @@ def test_a_run_does_not_depend_on_what_other_arms_name(
     assert len(studies) == 2
 
 
+def test_masks_of_natural_size_are_the_same_run_at_every_density(
+    comparison: Comparison, measured: MeasureConfig
+) -> None:
+    arms = (Arm("none", "none"), Arm("norm", "norm", (0.5,)), Arm("random", "random", (0.5,)))
+    ids = [
+        [prepare(replace(comparison.config, arms=arms, **changed), measured).report(arm, 0.5)[0].run_id for arm in arms]
+        for changed in ({}, {"density": 0.5}, {"match": "all"})
+    ]
+    assert [len(set(of_arm)) for of_arm in zip(*ids, strict=True)] == [1, 1, 3]
+
+
 def test_a_run_that_another_process_makes_is_left_to_it(comparison: Comparison, tmp_path: Path) -> None:
     record = comparison.records["norm"][0]
     source, store = Store(comparison.folder / "runs"), Store(tmp_path / "runs")
