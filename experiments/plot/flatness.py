@@ -11,22 +11,29 @@ import numpy as np
 from analysis.iso_sharpness import IsoSharpness
 from analysis.reliability import PairedRuns
 from experiments.compare import Comparison
-from experiments.plot.style import Style, dots, label, legend, logarithmic, new
+from experiments.plot.style import BLACK, Style, dots, label, legend, logarithmic, new
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from numpy.typing import NDArray
 
 
 def scatter(comparison: Comparison, metric: str, what: str, style: Mapping[str, Style]) -> Figure:
-    """Test error against a metric, one mark per run; runs without a value are left out."""
+    """Test error against a metric: a dot per run, and a mark at each arm's means, of a positive metric the geometric
+    one; runs without a value are left out."""
     figure, axes = new()
-    positive = True
+    found: dict[str, NDArray[np.float64]] = {}
     for name, records in comparison.records.items():
-        good = [r for r in records if r.result["metrics"][metric]["value"] is not None]
-        x = [r.result["metrics"][metric]["value"] for r in good]
-        positive = positive and all(value > 0 for value in x)
-        y = [100 * (1 - r.result["test_accuracy"]) for r in good]
-        dots(axes, x, y, style[name], alpha=0.75, label=label(name))
+        both = [(r.result["metrics"][metric]["value"], 100 * (1 - r.result["test_accuracy"])) for r in records]
+        found[name] = np.array([run for run in both if run[0] is not None], dtype=float).reshape(-1, 2)
+    positive = all((runs[:, 0] > 0).all() for runs in found.values())
+    for name, runs in found.items():
+        axes.plot(*runs.T, linestyle="", marker=".", color=style[name].colour, alpha=0.3)
+    for name, runs in found.items():
+        x, y = np.log(runs[:, 0]) if positive else runs[:, 0], runs[:, 1]
+        middle = [(np.exp(x.mean()) if positive else x.mean(), y.mean())] if len(runs) else []
+        look = {"label": label(name), "markersize": 9, "markeredgecolor": BLACK, "markeredgewidth": 0.5}
+        dots(axes, [at for at, _ in middle], [height for _, height in middle], style[name], **look)
     if positive:
         logarithmic(axes)
     axes.set_xlabel(what)

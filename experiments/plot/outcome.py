@@ -17,8 +17,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Styles = Mapping[str, Style]
+Curves = dict[str, list[tuple[float, float]]]
+"""For each arm its radii, and what each reached."""
 BESIDE = 1.06
 """Factor between the positions of arms of one density."""
+BELOW = 15.0
+"""Percentage points below the lowest chosen radius where the axis of accuracy against radii ends."""
 
 
 def accuracy(comparison: Comparison, rows: Sequence[Row], style: Styles) -> Figure:
@@ -40,25 +44,36 @@ def accuracy(comparison: Comparison, rows: Sequence[Row], style: Styles) -> Figu
 
 def against_rho(comparison: Comparison, style: Styles, swept: pd.DataFrame | None) -> Figure:
     """Validation accuracy of the tuning runs and, where the report's seeds were trained at all radii (``swept``: a
-    study's frame), test accuracy beside it; the ring marks the radius chosen."""
-    panels = 1 if swept is None else 2
-    figure, axes = new(width=7.2 + 2.6 * (panels - 1), columns=panels)
-    left = axes if panels == 1 else axes[0]
-    for name in dict.fromkeys(t.arm for t in comparison.trials):
-        trials = [t for t in comparison.trials if t.arm == name]
-        points = [(t.rho, 100 * t.val_accuracy) for t in trials]
-        _radii(left, points, comparison.chosen[name], style[name], label(name))
-    left.set_ylabel("validation accuracy, %")
+    study's frame), test accuracy beside it, a row per method; the ring marks the radius chosen. The axes end
+    :data:`BELOW` points below the lowest ring of a column, so that collapsed runs do not flatten all others."""
+    config = comparison.config
+    method = {arm.name: arm.method or config.method for arm in config.arms}
+    columns: dict[str, Curves] = {"validation accuracy, %": {}}
+    for trial in comparison.trials:
+        columns["validation accuracy, %"].setdefault(trial.arm, []).append((trial.rho, 100 * trial.val_accuracy))
     if swept is not None:
         means = swept.groupby(["arm", "rho"])["test_error"].mean()
-        for name in [name for name in comparison.chosen if name in means.index]:
-            points = [(float(rho), 100 * (1 - error)) for rho, error in means[name].items()]
-            _radii(axes[1], points, comparison.chosen[name], style[name], label(name))
-        axes[1].set_ylabel("test accuracy, %")
-    for one in [left] if panels == 1 else axes:
+        columns["test accuracy, %"] = {
+            name: [(float(rho), 100 * (1 - error)) for rho, error in means[name].items()]
+            for name in comparison.chosen
+            if name in means.index
+        }
+    methods = list(dict.fromkeys(method[trial.arm] for trial in comparison.trials))
+    size: dict[str, Any] = {"width": 7.2 + 2.6 * (len(columns) - 1), "height": 3.6 * len(methods)}
+    figure, axes = new(**size, columns=len(columns), rows=len(methods), squeeze=False, sharey="col")
+    for column, (what, curves) in zip(axes.T, columns.items(), strict=True):
+        for name, curve in curves.items():
+            _radii(column[methods.index(method[name])], curve, comparison.chosen[name], style[name], label(name))
+        rings = [value for name, curve in curves.items() for rho, value in curve if rho == comparison.chosen[name]]
+        if min(value for curve in curves.values() for _, value in curve) < min(rings) - BELOW:
+            column[0].set_ylim(bottom=min(rings) - BELOW)
+        for one in column:
+            one.set_ylabel(what)
+    for one in axes.flat:
         logarithmic(one)
         one.set_xlabel("radius rho, units of weights")
-    legend(left if panels == 1 else axes[1])
+    for row in axes:
+        legend(row[-1])
     return figure
 
 

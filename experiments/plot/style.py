@@ -92,7 +92,7 @@ def new(width: float = 7.2, height: float = 3.6, columns: int = 1, rows: int = 1
 
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots(rows, columns, **shared)
-    for one in [axes] if rows * columns == 1 else axes.flat:
+    for one in figure.axes:
         one.spines[["top", "right"]].set_visible(False)
         one.grid(alpha=0.25)
     return figure, axes

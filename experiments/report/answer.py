@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 
-from analysis import seeds_needed
+from analysis import Verdict, seeds_needed
 from experiments.config import BASELINE
 from experiments.table import ALPHA, Row, Table, gain_text
 
@@ -25,6 +26,17 @@ def answer(table: Table) -> list[str]:
     doubts = {row.arm.name: _doubts(row) for row in table.rows}
     named = "; ".join(f"{name}: {', '.join(found)}" for name, found in doubts.items() if found)
     return lines + ([f"Not to be quoted as it stands: {named}."] if named else [])
+
+
+def of_flatness(verdicts: Iterable[Verdict]) -> Iterator[str]:
+    """The word of every verdict and its reasons; of arms of which the same is said, once for all of them."""
+    said: dict[str, dict[str, str]] = {}
+    for one in verdicts:
+        text = " ".join([one.lines[0], *(line for line in one.lines if line.startswith("Because"))])
+        of_any = re.sub(rf"(?<![\w/]){re.escape(one.arm)}(?![\w/])", "the arm", text)
+        said.setdefault(of_any, {})[one.arm] = text
+    for of_any, arms in said.items():
+        yield f"{', '.join(arms)}, each: {of_any}" if len(arms) > 1 else next(iter(arms.values()))
 
 
 def _family(rows: Sequence[Row], name: str) -> str:

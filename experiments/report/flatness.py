@@ -31,8 +31,9 @@ def flatness(findings: Findings, style: dict[str, Style]) -> Iterator[Block]:
             plot.scatter(comparison, metric, what, style),
             f"sharpness-{i + 1}",
             f"Test error against {name}",
-            f"One mark per run, without an interval; n = {n} seeds per arm at its chosen radius, runs without a value "
-            f"left out. {metric} is measured on training images with the labels trained on.",
+            f"A dot per run, a mark at each arm's means (of {name} the geometric one where all are positive), without "
+            f"an interval; n = {n} seeds per arm at its chosen radius, runs without a value left out. "
+            f"{metric} is measured on training images with the labels trained on.",
         )
     if judgement is None or findings.study is None:
         why = findings.absent.get("judgement", findings.absent.get("study", "no verdict was asked for"))

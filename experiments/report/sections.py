@@ -11,7 +11,7 @@ from experiments.config import BASELINE, CompareConfig
 from experiments.plot import outcome
 from experiments.plot.style import Style, styles
 from experiments.report.along import along
-from experiments.report.answer import answer
+from experiments.report.answer import answer, of_flatness
 from experiments.report.content import Absent, Block, Details, Document, Grid, Notes, Section, Text, grid, picture
 from experiments.report.curvature import curvature
 from experiments.report.findings import Findings
@@ -59,9 +59,7 @@ def _answers(findings: Findings) -> list[str]:
         ]
     lines = answer(findings.table)
     if findings.judgement is not None:
-        for one in findings.judgement.verdicts:
-            said = [one.lines[0], *(line for line in one.lines if line.startswith("Because"))]
-            lines.append(f"Does the gain come from flatness? {' '.join(said)}")
+        lines += [f"Does the gain come from flatness? {said}" for said in of_flatness(findings.judgement.verdicts)]
     return lines
 
 
@@ -112,7 +110,8 @@ def _accuracy(findings: Findings, style: dict[str, Style]) -> Iterator[Block]:
             "rho",
             "Accuracy against the radius rho, per mask",
             f"{'Left: mean' if swept is not None else 'Mean'} validation accuracy over n = {tries} tuning "
-            f"seed{'s' * (tries > 1)}, without an interval; the ring marks the radius chosen.{beside}",
+            f"seed{'s' * (tries > 1)}, without an interval; the ring marks the radius chosen; an axis ends at most "
+            f"{outcome.BELOW:g} points below the lowest ring.{beside}",
         )
     else:
         yield Absent(

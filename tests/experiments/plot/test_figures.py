@@ -16,7 +16,8 @@ from scipy import stats
 
 from analysis import paired_runs
 from analysis.iso_sharpness import iso_sharpness
-from experiments.compare import Comparison
+from experiments.compare import Comparison, Trial
+from experiments.config import Arm
 from experiments.plot import flatness, masks, outcome
 from experiments.plot.style import Style, styles, svg
 from experiments.record import RunRecord
@@ -69,6 +70,22 @@ def test_accuracy_against_rho_with_a_sweep(comparison: Comparison, style: dict[s
     assert [list(ring.get_xdata()) for ring in rings] == [[comparison.chosen["norm"]]]
 
 
+def test_methods_have_rows_and_collapsed_radii_leave_the_axis(comparison: Comparison) -> None:
+    arms = (Arm("a", "all", (0.1, 0.2), method="sam"), Arm("b", "all", (0.1, 0.2), method="asam"))
+    values = {"a": (0.9, 0.2), "b": (0.8, 0.85)}
+    trials = tuple(Trial(name, 0.1 * (i + 1), v, 0, 2) for name, both in values.items() for i, v in enumerate(both))
+    made = replace(
+        comparison, config=replace(comparison.config, arms=(Arm("none", "none"), *arms)), trials=trials,
+        chosen={"a": 0.1, "b": 0.2},
+    )  # fmt: skip
+    upper, lower = outcome.against_rho(made, styles(arms), None).axes
+    assert (set(colours(upper)), set(colours(lower))) == ({"a"}, {"b"})
+    assert lines(upper)["a"].get_ydata().tolist() == pytest.approx([90, 20])
+    assert upper.get_ylim()[0] == lower.get_ylim()[0] == 85 - outcome.BELOW
+    made = replace(made, trials=tuple(t for t in trials if t.val_accuracy > 0.5))
+    assert outcome.against_rho(made, styles(arms), None).axes[0].get_ylim()[0] > 79
+
+
 def test_arms_of_one_density_stand_side_by_side_around_it(table: Table, style: dict[str, Style]) -> None:
     rows = [row for row in table.rows if row.arm.rho]
     (axes,) = outcome.against_density(rows, style, table.rows[0]).axes
@@ -107,7 +124,11 @@ def test_every_run_has_its_mark(comparison: Comparison, style: dict[str, Style])
     (axes,) = flatness.scatter(comparison, "lambda_max", "lambda_max", style).axes
     for name, records in comparison.records.items():
         points = [(r.result["metrics"]["lambda_max"]["value"], 100 * (1 - r.result["test_accuracy"])) for r in records]
-        assert list(zip(*lines(axes)[name].get_data(), strict=True)) == points
+        runs = [line for line in axes.lines if line.get_marker() == "." and line.get_color() == style[name].colour]
+        assert points in [list(zip(*line.get_data(), strict=True)) for line in runs]
+        (middle,) = zip(*lines(axes)[name].get_data(), strict=True)
+        assert middle[0] == pytest.approx(math.prod(x for x, _ in points) ** (1 / len(points)))
+        assert middle[1] == pytest.approx(sum(y for _, y in points) / len(points))
     assert axes.get_xlabel() == "lambda_max"
     assert axes.get_xscale() == "log"
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 
-from analysis import PairedComparison
-from experiments.report.answer import answer
+from analysis import PairedComparison, Verdict
+from experiments.report.answer import answer, of_flatness
 from experiments.table import Row, Table
 
 
@@ -55,3 +57,23 @@ def test_doubts_are_named(table: Table) -> None:
         "Not to be quoted as it stands: all: 2 of 8 runs diverged, its radius lies at the edge of the grid; fisher: "
         "its count is not matched."
     )
+
+
+def test_arms_of_which_the_same_is_said_are_said_once() -> None:
+    def made(arm: str, reference: str = "none", why: str = "{} has one radius.") -> Verdict:
+        lines = [f"{arm} against {reference}: NOT IDENTIFIED.", f"Because {why.format(arm)}", "Total gain +1."]
+        return cast(Verdict, SimpleNamespace(arm=arm, lines=tuple(lines)))
+
+    verdicts = [
+        made("sam/norm"),
+        made("norm"),
+        made("random", why="too few"),
+        made("random", "all"),
+        made("all", "sam/all"),
+    ]
+    assert list(of_flatness(verdicts)) == [
+        "sam/norm, norm, each: the arm against none: NOT IDENTIFIED. Because the arm has one radius.",
+        "random against none: NOT IDENTIFIED. Because too few",
+        "random against all: NOT IDENTIFIED. Because random has one radius.",
+        "all against sam/all: NOT IDENTIFIED. Because all has one radius.",
+    ]
