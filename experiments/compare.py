@@ -337,7 +337,8 @@ def trial_of(arm: str, rho: float, records: Sequence[RunRecord]) -> Trial:
     """What the tuning runs of one radius reached."""
     accuracies = [record.result["val_accuracy"] for record in records]
     diverged = sum(record.result["diverged"] is not None for record in records)
-    return Trial(arm, rho, sum(accuracies) / len(accuracies), diverged, len(records))
+    mean = round(sum(accuracies) / len(accuracies), 12)  # radii with as many images right are equals
+    return Trial(arm, rho, mean, diverged, len(records))
 
 
 def predicted_costs(comparison: Comparison) -> dict[str, float | None]:

@@ -20,7 +20,12 @@ from studies.run import estimate
 
 HERE = Path(__file__).resolve().parent
 DOCS = HERE.parent / "docs"
-FIGURES = {"accuracy.svg": "Test accuracy per arm", "rho.svg": "Validation accuracy against the radius"}
+FIGURES = {
+    "accuracy.svg": "Test accuracy per arm",
+    "rho.svg": "Validation accuracy against the radius",
+    "sharpness-3.svg": "Test error against the primary metric of sharpness",
+    **{f"equal-sharpness-{i}.svg": f"Test error against sharpness along the radii, contrast {i}" for i in range(1, 9)},
+}
 _BLOCK = re.compile(r"(<!-- study: (\w+)/(\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _WORDS = {True: "held", False: "**not held**", None: "not decided"}
 
@@ -60,6 +65,30 @@ def table(records: Path) -> str:
     )
 
 
+def flatness(verdicts: list[dict[str, Any]]) -> str:
+    """Per contrast of a sweep: gain, flattening, both parts of the gain, and the word of the verdict."""
+    rows = []
+    for one in verdicts:
+        parts, iso = one["mediation"], one["iso"]["sweep"]
+        rows.append(
+            {
+                "contrast": f"{one['arm']} - {one['reference']}",
+                "gain, points": estimate(parts["total"]),
+                "flatter by, log units": estimate(parts["flattening"]),
+                "through sharpness, points": estimate(parts["indirect"]),
+                "not through it, points": estimate(parts["direct"]),
+                "at equal sharpness, points": "-" if iso is None else estimate(iso["direct"]),
+                "verdict": one["word"],
+            }
+        )
+    first = verdicts[0]
+    return (
+        f"{markdown(rows)}\n\nBy {first['metric']}; n = {first['seeds']} seeds; intervals at "
+        f"{100 * first['confidence']:.4g} % (95 % over the contrasts together); through sharpness and not: mediation "
+        "within seeds; at equal sharpness: analysis of covariance over the radii of both arms."
+    )
+
+
 def _interval(value: float, low: float, high: float, sign: str = "") -> str:
     return f"{100 * value:{sign}.2f} [{100 * low:{sign}.2f}, {100 * high:{sign}.2f}]"
 
@@ -89,7 +118,9 @@ def block(study: str, name: str) -> str:
         for file, words in FIGURES.items()
         if (records / name / file).exists()
     ]
-    return "\n\n".join([table(records / name), *figures])
+    verdicts = json.loads((records / name / "verdict.json").read_text(encoding="utf-8"))
+    of_sweep = [flatness(verdicts)] if any(one["iso"]["sweep"] for one in verdicts) else []
+    return "\n\n".join([table(records / name), *of_sweep, *figures])
 
 
 def filled(page: str) -> str:

@@ -1,13 +1,14 @@
 """A study, from nothing to its report: every comparison of a folder of configurations, and what became of its claims.
 
-    python -m studies.run digits [--only NAME ...] [--processes 2] [--data npz:FILE] [--out FOLDER] [--scale 0.1]
+    python -m studies.run digits [--only NAME ...] [--processes 2] [--data npz:FILE] [--name NAME]
+        [--out FOLDER] [--scale 0.1]
 
 The comparisons are the folder's YAML files, as ``sam-masks compare --config`` takes them; claims.yaml holds what is
 tested, fixed beforehand. Interrupted, the same command goes on. What is committed is written to records/NAME/: the
-configuration as it was run, a line per run, the table, every radius that was tried, the verdict on every contrast that
-a claim needs; then claims.json with the outcome of every claim; ``python -m studies.page`` makes the documentation's
-pages from them. ``--scale`` shrinks a study to try it: that share of its seeds, epochs and images, and its records go
-into the results' folder instead.
+configuration as it was run, a line per run, what all runs have in common (versions, too), the table, every radius that
+was tried, the verdict on every contrast that a claim needs; then claims.json with the outcome of every claim;
+``python -m studies.page`` makes the documentation's pages from them. ``--scale`` shrinks a study to try it: that share
+of its seeds, epochs and images, and its records go into the results' folder instead.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from experiments.runs import load_results
 
 HERE = Path(__file__).resolve().parent
 KEPT = ("study.json", "table.csv", "trials.csv")
-FIGURES = ("accuracy.svg", "rho.svg", "ascent.svg")
+FIGURES = ("accuracy.svg", "rho.svg", "sharpness-3.svg", "equal-sharpness-*.svg")
 LONG = ("test_correct", "test_index", "folder", "reason")
 """Columns of a run's line that are not committed: a digit per test image, paths."""
 
@@ -56,7 +57,7 @@ def shrunk(config: dict[str, Any], scale: float) -> list[str]:
         return []
     least = {"seeds": 2, "epochs": 1, "images": 128, "n_train": 128, "n_val": 32, "batch_size": 32}
     found = [f"--{name}={max(few, round(scale * config[name]))}" for name, few in least.items() if name in config]
-    return [*found, "--tuning_seeds=1", "--extend=0", "--sharpness_m=64", "--metrics="]
+    return [*found, "--n_test=128", "--tuning_seeds=1", "--extend=0", "--sharpness_m=64", "--metrics="]
 
 
 def contrasts(claims: Iterable[dict[str, Any]], arms: Sequence[str]) -> list[str]:
@@ -139,13 +140,16 @@ def beyond_ascent(
 
 
 def judged(folder: Path, claims: dict[str, Any], arms: Sequence[str]) -> list[dict[str, Any]]:
-    """The verdicts that the claims need; none where the arms allow none, or there are too few runs."""
-    pairs = contrasts(claims["claims"], arms)
-    if not pairs:
-        return []
-    options = [f"--contrasts={','.join(pairs)}", f"--margin={claims['margin']}", "--json"]
-    found: list[dict[str, Any]] = json.loads(run(["verdict", str(folder), *options]))["verdicts"]
-    return found
+    """The verdicts that the claims need, each with its ``family``: the intervals of a family hold together. None where
+    the arms allow none, or there are too few runs."""
+    out: list[dict[str, Any]] = []
+    for family in dict.fromkeys(claim.get("family", "") for claim in claims["claims"]):
+        pairs = contrasts([claim for claim in claims["claims"] if claim.get("family", "") == family], arms)
+        if pairs:
+            options = [f"--contrasts={','.join(pairs)}", f"--margin={claims['margin']}", "--json"]
+            found = json.loads(run(["verdict", str(folder), *options]))["verdicts"]
+            out += [{"family": family, **one} for one in found]
+    return out
 
 
 def keep(folder: Path, records: Path, verdicts: list[dict[str, Any]]) -> None:
@@ -153,13 +157,17 @@ def keep(folder: Path, records: Path, verdicts: list[dict[str, Any]]) -> None:
     records.mkdir(parents=True, exist_ok=True)
     for name in KEPT:
         shutil.copyfile(folder / name, records / name)
-    for name in FIGURES:
-        if (folder / "figures" / name).exists():
-            shutil.copyfile(folder / "figures" / name, records / name)
-    runs = load_results(folder)
-    runs = runs.loc[:, runs.nunique(dropna=False) > 1].drop(columns=list(LONG), errors="ignore")
-    runs.to_csv(records / "runs.csv", index=False)
-    (records / "verdict.json").write_text(json.dumps(verdicts, indent=1) + "\n", encoding="utf-8")
+    for figure in (found for name in FIGURES for found in (folder / "figures").glob(name)):
+        shutil.copyfile(figure, records / figure.name)
+    runs = load_results(folder).drop(columns=list(LONG), errors="ignore")
+    varies = runs.nunique(dropna=False) > 1
+    runs.loc[:, varies].to_csv(records / "runs.csv", index=False)
+    same = json.loads(runs.loc[:, ~varies].iloc[:1].to_json(orient="records", double_precision=15))[0]
+    (records / "every_run.json").write_text(json.dumps(same, indent=1) + "\n", encoding="utf-8")
+    told = [
+        {key: found for key, found in one.items() if key != "associations"} for one in verdicts
+    ]  # all pairs of runs
+    (records / "verdict.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
 
 
 def ascents_of(records: Path) -> dict[str, float]:
@@ -181,12 +189,13 @@ def settle(
     out = []
     for claim in claims["claims"]:
         for name in claims["sweeps"] if claim["is"] == "not_explained" else claims["comparisons"]:
-            for verdict in verdicts.get(name, []):
+            family = [one for one in verdicts.get(name, []) if one.get("family", "") == claim.get("family", "")]
+            for verdict in family:
                 method, _, arm = verdict["arm"].partition("/")
                 if (arm, verdict["reference"].rpartition("/")[2]) != (claim["arm"], claim["reference"]):
                     continue
                 if claim["is"] == "beyond_ascent":
-                    same = {one["reference"]: one for one in verdicts[name] if one["arm"] == verdict["arm"]}
+                    same = {one["reference"]: one for one in family if one["arm"] == verdict["arm"]}
                     against = {whom.rpartition("/")[2]: one for whom, one in same.items()}
                     strength = {whom.removeprefix(f"{method}/"): much for whom, much in ascents[name].items()}
                     decided = beyond_ascent(claim, against, strength, claims["margin"])
@@ -203,12 +212,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--processes", type=int, default=default_processes())
     parser.add_argument("--device", default="auto")
     parser.add_argument("--data", help="as in sam-masks compare, in place of the configurations' data")
+    parser.add_argument("--name", help="of results and records (default: the study); for other data")
     parser.add_argument("--out", type=Path, default=Path("results/studies"))
     parser.add_argument("--scale", type=float, default=1.0)
     options = parser.parse_args(arguments)
     folder = HERE / options.study
     claims = yaml.safe_load((folder / "claims.yaml").read_text(encoding="utf-8"))
-    records = folder / "records" if options.scale == 1 else options.out / options.study / "records"
+    kept = options.out / (options.name or options.study)
+    records = HERE / kept.name / "records" if options.scale == 1 else kept / "records"
     verdicts: dict[str, list[dict[str, Any]]] = {}
     ascents: dict[str, dict[str, float]] = {}
     for name in [*claims["comparisons"], *claims["sweeps"]]:
@@ -219,7 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             continue
         file = folder / f"{name}.yaml"
         config = yaml.safe_load(file.read_text(encoding="utf-8"))
-        out = options.out / options.study / name
+        out = kept / name
         smaller = shrunk(config, options.scale)
         how = [f"--processes={options.processes}", f"--device={options.device}", f"--out={out}", "--quiet"]
         how += [f"--data={options.data}"] if options.data else []

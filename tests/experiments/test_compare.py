@@ -17,7 +17,17 @@ import torch
 
 from experiments import compare as module
 from experiments import worker
-from experiments.compare import Comparison, Trial, check_arms, choose, compare, extended, open_folder, predicted_costs
+from experiments.compare import (
+    Comparison,
+    Trial,
+    check_arms,
+    choose,
+    compare,
+    extended,
+    open_folder,
+    predicted_costs,
+    trial_of,
+)
 from experiments.config import Arm, CompareConfig, RunConfig
 from experiments.data import load_data
 from experiments.measure import MeasureConfig
@@ -62,6 +72,17 @@ def again(comparison: Comparison, **changes: Any) -> Comparison:
 def test_the_best_mean_validation_accuracy_decides(trials: list[tuple[float, float, int]], chosen: float) -> None:
     others = [Trial("b", 7.0, 1.0, 0, 2)]
     assert choose([Trial("a", *trial, 2) for trial in trials] + others) == {"a": chosen, "b": 7.0}
+
+
+def test_radii_with_as_many_images_right_are_equals(comparison: Comparison) -> None:
+    """100 and 300 of 300 and 101 and 299 of 300 have means that differ by rounding."""
+    record = comparison.records["norm"][0]
+    trials = []
+    for rho, right in ((0.1, (100, 300)), (0.2, (101, 299))):
+        results = [record.result | {"val_accuracy": correct / 300, "diverged": None} for correct in right]
+        trials.append(trial_of("norm", rho, [replace(record, result=result) for result in results]))
+    assert sum((101 / 300, 299 / 300)) > sum((100 / 300, 300 / 300))
+    assert choose(trials) == {"norm": 0.1}
 
 
 def grids(trials: dict[str, dict[float, float]]) -> tuple[CompareConfig, list[Trial]]:
