@@ -22,6 +22,10 @@ CONTROLS = ("train_error", "train_loss", "weight_norm")
 
 INVERSE = "1/"
 
+COLLAPSED = 0.10
+"""Validation accuracy below that of the radius chosen from which on training counts as collapsed: such weights are flat
+and wrong, and a few of them decide any line through all."""
+
 
 @dataclass(frozen=True, eq=False)
 class Study:
@@ -31,7 +35,7 @@ class Study:
         frame: one row per run: ``arm``, ``seed``, ``rho`` (0 for an arm without one), ``test_error``, ``train_error``,
             ``train_loss``, ``weight_norm``, ``train_error_clean``, a column for each metric and, where it was measured
             twice, METRIC_repeat; see :mod:`analysis.reliability`. Arms and radii with a run that diverged or is missing
-            are left out.
+            are left out, and radii with a mean validation accuracy :data:`COLLAPSED` below that of the arm's chosen one.
         arms: names of the arms in the order of the comparison; those with role "control" are in ``controls``.
         chosen: the radius of each arm that has one, chosen on validation data.
         metrics: the metrics that all runs name, in full. All grow with sharpness: one of which a larger value means
@@ -79,6 +83,8 @@ def load_study(folder: Path) -> Study:
         if not report:
             raise InputError(f"{folder} holds no finished run of the report; let sam-masks compare finish first")
         kept, left_out = _complete(report)
+        collapsed = _collapsed(kept, chosen)
+        kept, left_out = [record for record in kept if _key(record)[::2] not in collapsed], left_out | collapsed
         settings: dict[str, list[tuple[RunRecord, dict[str, Any]]]] = {}
         for record in kept:
             for name, found in record.result["metrics"].items():
@@ -144,6 +150,21 @@ def _complete(records: list[RunRecord]) -> tuple[list[RunRecord], dict[tuple[str
         why = "; ".join(f"{arm} at rho {rho:g}: {reason}" for (arm, rho), reason in left_out.items())
         raise InputError(f"no arm and radius is left to judge: {why}")
     return kept, left_out
+
+
+def _collapsed(records: list[RunRecord], chosen: dict[str, float]) -> dict[tuple[str, float], str]:
+    """The arms and radii at which training collapsed, by the mean validation accuracy of the report's runs."""
+    cells: dict[tuple[str, float], list[float]] = {}
+    for record in records:
+        arm, _, rho = _key(record)
+        cells.setdefault((arm, rho), []).append(_number(record.result.get("val_accuracy")))
+    means = {cell: sum(found) / len(found) for cell, found in cells.items()}
+    out = {}
+    for (arm, rho), mean in means.items():
+        best = means.get((arm, chosen.get(arm, rho)), math.nan)
+        if mean < best - COLLAPSED:  # not where there were no validation images
+            out[arm, rho] = f"collapsed: validation accuracy {100 * mean:.1f} %, {100 * best:.1f} % at the radius chosen"
+    return out
 
 
 def _row(record: RunRecord, result: dict[str, Any]) -> dict[str, Any]:

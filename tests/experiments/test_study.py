@@ -78,6 +78,25 @@ def test_radii_with_a_diverged_or_missing_run_are_left_out_and_named(tmp_path: P
     assert set(study.frame.groupby(["arm", "rho"]).size()) == {3}
 
 
+def test_radii_at_which_training_collapsed_are_left_out_and_named(tmp_path: Path) -> None:
+    """By validation accuracy: more than 10 points below the mean at the radius chosen, over the seeds together."""
+    value = {0.1: 0.89, 0.2: 0.9, 0.4: 0.79, 0.5: 0.79, 1.0: 0.88, 2.0: 0.2}
+
+    def result(arm: str, rho: float, seed: int) -> dict[str, Any]:
+        noise = 0.05 * (-1) ** seed
+        found = {} if arm == "none" else {"val_accuracy": value[rho] + noise}
+        return {"test_accuracy": 0.99, **found, **weights(0.1, {"m": 1.0}, {})}
+
+    study = load_study(write_study(tmp_path / "a", result))
+    assert study.left_out == {
+        ("all", 0.4): "collapsed: validation accuracy 79.0 %, 90.0 % at the radius chosen",
+        ("norm", 2.0): "collapsed: validation accuracy 20.0 %, 88.0 % at the radius chosen",
+    }
+    assert set(zip(study.frame.arm, study.frame.rho, strict=True)) == {
+        ("none", 0.0), ("all", 0.1), ("all", 0.2), ("norm", 0.5), ("norm", 1.0)
+    }  # fmt: skip
+
+
 def test_a_metric_that_was_not_measured_is_nan(tmp_path: Path) -> None:
     folder = write_study(
         tmp_path / "s", lambda arm, rho, seed: {"test_accuracy": 0.5, **weights(1.0, {"x": None if seed else 2.0}, {})}
