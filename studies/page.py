@@ -26,6 +26,7 @@ FIGURES = {
     "sharpness-3.svg": "Test error against the primary metric of sharpness",
     **{f"equal-sharpness-{i}.svg": f"Test error against sharpness along the radii, contrast {i}" for i in range(1, 9)},
 }
+_FEW = 6
 _BLOCK = re.compile(r"(<!-- study: (\w+)/(\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _WORDS = {True: "held", False: "**not held**", None: "not decided"}
 
@@ -44,7 +45,7 @@ def table(records: Path) -> str:
         {
             "arm": arm.arm,
             "kept": f"{arm.kept:,}" if arm.kept else "-",
-            "rho": f"{arm.rho:g}{' (edge)' if arm.rho_at_edge else ''}" if arm.kept else "-",
+            "rho": f"{arm.rho:.3g}{' (edge)' if arm.rho_at_edge else ''}" if arm.kept else "-",
             "test accuracy, %": _interval(arm.test_accuracy, arm.test_accuracy_low, arm.test_accuracy_high),
             "gain, points": "-" if pd.isna(arm.gain) else _interval(arm.gain, arm.gain_low, arm.gain_high, "+"),
             "p (Holm)": "-" if pd.isna(arm.gain_p_holm) else f"{arm.gain_p_holm:.3f}",
@@ -89,6 +90,25 @@ def flatness(verdicts: list[dict[str, Any]]) -> str:
     )
 
 
+def association(records: Path) -> str:
+    """Rank correlation, over the arms trained for as long as the base optimizer, of sharpness and accuracy; of few arms
+    none."""
+    study = json.loads((records / "study.json").read_text(encoding="utf-8"))
+    metric = study["measure"]["metrics"].split(",")[0]
+    same = {arm["name"] for arm in study["config"]["arms"] if arm["epochs_factor"] == 1}
+    if len(same) < _FEW:
+        return ""
+    chosen = pd.read_csv(records / "table.csv", keep_default_na=False, na_values=[""]).set_index("arm").rho.fillna(0.0)
+    runs = pd.read_csv(records / "runs.csv", keep_default_na=False, na_values=[""], low_memory=False)
+    runs = runs[runs.test_accuracy.notna() & runs.arm.isin(same) & (runs.rho == runs.arm.map(chosen))]
+    means = runs.groupby("arm")[[metric, "test_accuracy"]].mean()
+    rank = means.corr("spearman").iloc[0, 1]
+    return (
+        f"Rank correlation (Spearman) of the arms' mean {metric} and mean test accuracy: {rank:+.2f} over {len(means)} "
+        "arms trained for as many epochs, at their chosen radii; exploratory, no claim rests on it."
+    )
+
+
 def _interval(value: float, low: float, high: float, sign: str = "") -> str:
     return f"{100 * value:{sign}.2f} [{100 * low:{sign}.2f}, {100 * high:{sign}.2f}]"
 
@@ -113,14 +133,17 @@ def block(study: str, name: str) -> str:
     records = HERE / study / "records"
     if name == "claims":
         return claims(records)
+    if not (records / name).exists():
+        return f"Not run yet: `python -m studies.run {study} --only {name}`."
     figures = [
         f"![{words}](figures/{study}-{name}-{file})"
         for file, words in FIGURES.items()
         if (records / name / file).exists()
     ]
-    verdicts = json.loads((records / name / "verdict.json").read_text(encoding="utf-8"))
+    found = json.loads((records / name / "verdict.json").read_text(encoding="utf-8"))
+    verdicts = [one for one in found if not one["family"]]
     of_sweep = [flatness(verdicts)] if any(one["iso"]["sweep"] for one in verdicts) else []
-    return "\n\n".join([table(records / name), *of_sweep, *figures])
+    return "\n\n".join([table(records / name), *of_sweep, *filter(None, [association(records / name)]), *figures])
 
 
 def filled(page: str) -> str:

@@ -105,9 +105,16 @@ def outcome(claim: dict[str, Any], verdict: dict[str, Any], margin: float) -> di
 
 
 def estimate(found: dict[str, Any]) -> str:
-    """``+0.50 [-0.10, +1.10]`` of an outcome."""
-    low, high = ("unbounded" if found[end] is None else f"{found[end]:+.2f}" for end in ("low", "high"))
-    return f"{found['value']:+.2f} [{low}, {high}]"
+    """``+0.50 [-0.10, +1.10]`` of an outcome; the value says nothing where both ends are open."""
+    if found["low"] is None and found["high"] is None:
+        return "unbounded"
+    value, low, high = ("unbounded" if found[of] is None else _signed(found[of]) for of in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
+
+
+def _signed(number: float) -> str:
+    """Two decimals; of less than a hundredth its first figure, whose sign decides claims."""
+    return f"{number:+.1g}" if 0 < abs(number) < 0.01 else f"{number:+.2f}"
 
 
 def beyond_ascent(

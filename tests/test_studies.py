@@ -212,6 +212,44 @@ def test_a_table_of_claims(tmp_path: Path) -> None:
     assert "| a is b (us) | c, sam | not decided | not identified; n = 12 |" in text
 
 
+def test_estimates_show_the_sign_that_decides() -> None:
+    assert run.estimate({"value": 0.106, "low": 0.0018, "high": None}) == "+0.11 [+0.002, unbounded]"
+    assert run.estimate({"value": 0.0, "low": -0.0099, "high": 0.01}) == "+0.00 [-0.01, +0.01]"
+    assert run.estimate({"value": 3.0, "low": None, "high": None}) == "unbounded"
+
+
+def test_what_was_not_run_is_said_with_its_command() -> None:
+    assert page.block("digits", "nothing") == "Not run yet: `python -m studies.run digits --only nothing`."
+
+
+def test_a_table_of_verdicts_of_a_sweep() -> None:
+    made = verdict((1.0, 0.5, 1.5), (0.2, 0.1, 0.3)) | {"metric": "m", "confidence": 0.9875}
+    made["mediation"] |= {"indirect": {"value": 9.0, "low": None, "high": None}, "direct": made["mediation"]["total"]}
+    made["iso"] = {"sweep": {"direct": {"value": 0.4, "low": -0.1, "high": 0.9}}}
+    text = page.flatness([made])
+    assert (
+        "| sam/norm - none | +1.00 [+0.50, +1.50] | +0.20 [+0.10, +0.30] | unbounded | +1.00 [+0.50, +1.50] | "
+        "+0.40 [-0.10, +0.90] | not identified |"
+    ) in text
+    assert "n = 12 seeds; intervals at 98.75 %" in text
+
+
+def test_the_rank_correlation_is_over_arms_of_one_length_at_their_chosen_radii(tmp_path: Path) -> None:
+    names = ["none", "a", "b", "c", "d", "e"]
+    arms = [{"name": name, "epochs_factor": 1} for name in names] + [{"name": "none_2x", "epochs_factor": 2}]
+    study = {"measure": {"metrics": "m,other"}, "config": {"arms": arms}}
+    (tmp_path / "study.json").write_text(json.dumps(study))
+    chosen = pd.DataFrame({"arm": [*names, "none_2x"], "rho": [np.nan, *[0.1] * 5, np.nan]})
+    chosen.to_csv(tmp_path / "table.csv", index=False)
+    runs = [(name, 0.0 if name == "none" else 0.1, 0.9 - 0.01 * i, 1.0 + i) for i, name in enumerate(names)]
+    runs += [("none_2x", 0.0, 0.1, 0.0), ("a", 0.9, 0.1, 0.0), ("b", 0.1, np.nan, 0.0)]
+    columns = ["arm", "rho", "test_accuracy", "m"]
+    pd.DataFrame(runs, columns=columns).to_csv(tmp_path / "runs.csv", index=False)
+    assert "mean m and mean test accuracy: -1.00 over 6 arms" in page.association(tmp_path)
+    (tmp_path / "study.json").write_text(json.dumps(study | {"config": {"arms": arms[1:]}}))
+    assert page.association(tmp_path) == ""
+
+
 def test_jpegs_are_unpacked_as_they_are_read(tmp_path: Path) -> None:
     drawn = np.random.default_rng(0).integers(0, 255, (5, 4, 6, 3), dtype=np.uint8)
     files = []
