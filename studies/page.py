@@ -16,7 +16,7 @@ from typing import Any
 
 import pandas as pd
 
-from studies.run import estimate
+from studies.claims import estimate
 
 HERE = Path(__file__).resolve().parent
 DOCS = HERE.parent / "docs"

@@ -18,6 +18,7 @@ from PIL import Image
 from experiments.config import Arm, CompareConfig
 from experiments.data import load_data
 from studies import page, run, unpack_jpeg
+from studies.claims import contrasts, estimate, outcome, settle
 
 FIELDS = {field.name for field in fields(CompareConfig)}
 FOLDERS = sorted(path.parent for path in run.HERE.glob("*/claims.yaml"))
@@ -52,7 +53,7 @@ def verdict(total: Found, flattening: Found, word: str = "not identified", arm: 
 def test_a_claim_is_decided_by_the_whole_interval(
     kind: str, low: float | None, high: float | None, held: bool | None
 ) -> None:
-    found = run.outcome({"is": kind}, verdict((0.0, low, high), (9.0, 8.0, 10.0)), 0.3)
+    found = outcome({"is": kind}, verdict((0.0, low, high), (9.0, 8.0, 10.0)), 0.3)
     assert found["held"] is held
     assert (found["low"], found["high"], found["unit"], found["p"]) == (low, high, "points of test accuracy", 0.25)
 
@@ -60,8 +61,8 @@ def test_a_claim_is_decided_by_the_whole_interval(
 @pytest.mark.parametrize(("low", "high", "sharper"), [(0.1, 0.5, False), (-0.5, -0.1, True), (-0.1, 0.1, None)])
 def test_sharper_is_of_the_flattening(low: float, high: float, sharper: bool | None) -> None:
     made = verdict((5.0, 4.0, 6.0), (0.0, low, high))
-    assert run.outcome({"is": "sharper"}, made, 0.3)["held"] is sharper
-    assert run.outcome({"is": "flatter"}, made, 0.3)["held"] is (None if sharper is None else not sharper)
+    assert outcome({"is": "sharper"}, made, 0.3)["held"] is sharper
+    assert outcome({"is": "flatter"}, made, 0.3)["held"] is (None if sharper is None else not sharper)
 
 
 @pytest.mark.parametrize(
@@ -76,17 +77,17 @@ def test_sharper_is_of_the_flattening(low: float, high: float, sharper: bool | N
 )
 def test_not_explained_is_the_word_of_the_verdict(word: str, held: bool | None) -> None:
     made = verdict((1.0, 0.5, 1.5), (0.0, -1.0, 1.0), word)
-    assert run.outcome({"is": "not_explained"}, made, 0.3) == {"held": held, "word": word}
+    assert outcome({"is": "not_explained"}, made, 0.3) == {"held": held, "word": word}
 
 
 def test_contrasts_are_those_that_the_arms_allow_under_each_method() -> None:
     claims = [{"arm": "norm", "reference": "none"}, {"arm": "norm", "reference": "all"},
               {"arm": "norm", "reference": "none"}, {"arm": "fisher", "reference": "none"}]  # fmt: skip
     arms = ["none", "none_2x", "sam/all", "sam/norm", "asam/norm"]
-    assert run.contrasts(claims, arms) == ["sam/norm-none", "sam/norm-sam/all", "asam/norm-none"]
-    assert run.contrasts(claims, ["none", "sam/random"]) == []
+    assert contrasts(claims, arms) == ["sam/norm-none", "sam/norm-sam/all", "asam/norm-none"]
+    assert contrasts(claims, ["none", "sam/random"]) == []
     rivals = [{"arm": "norm", "reference": "none_2x", "rivals": ["all", "random"]}]
-    assert run.contrasts(rivals, arms) == ["sam/norm-none_2x", "sam/norm-sam/all", "asam/norm-none_2x"]
+    assert contrasts(rivals, arms) == ["sam/norm-none_2x", "sam/norm-sam/all", "asam/norm-none_2x"]
 
 
 @pytest.mark.parametrize(
@@ -112,7 +113,7 @@ def test_beyond_ascent(
     claim = {"says": "x", "arm": "norm", "reference": "none_2x", "is": "beyond_ascent", "rivals": ["all", "random"]}
     claims = {"margin": 0.3, "comparisons": ["a"], "sweeps": [], "claims": [claim]}
     strength = {"none_2x": 0.0, **{f"sam/{name}": much for name, much in ascents.items()}, "asam/all": 9.0}
-    [settled] = run.settle(claims, {"a": verdicts}, {"a": strength})
+    [settled] = settle(claims, {"a": verdicts}, {"a": strength})
     assert settled["held"] is held
     assert word in settled["word"]
     assert (settled["value"], settled["n"]) == (gain, 12)
@@ -128,7 +129,7 @@ def test_every_claim_is_settled_wherever_it_can_be() -> None:
     }  # fmt: skip
     good, bad = verdict((1.0, 0.5, 1.5), (0, 0, 0)), verdict((-1.0, -1.5, -0.5), (0, 0, 0), arm="asam/norm")
     sweep = verdict((1.0, 0.5, 1.5), (0, 0, 0), "not explained")
-    found = run.settle(claims, {"a": [good, bad], "s": [sweep]}, {})
+    found = settle(claims, {"a": [good, bad], "s": [sweep]}, {})
     keys = ("says", "comparison", "method", "held")
     assert [tuple(one[key] for key in keys) for one in found] == [
         ("x", "a", "sam", True),
@@ -152,7 +153,7 @@ def test_claims_are_about_comparisons_and_arms_that_are_there(folder: Path) -> N
         if claim["is"] == "beyond_ascent":
             continue
         made = verdict((0.0, -9.0, 9.0), (0.0, -9.0, 9.0))
-        assert run.outcome(claim, made, claims["margin"])["held"] is None
+        assert outcome(claim, made, claims["margin"])["held"] is None
 
 
 def test_numbers_of_runs_are_those_of_the_configurations() -> None:
@@ -213,9 +214,9 @@ def test_a_table_of_claims(tmp_path: Path) -> None:
 
 
 def test_estimates_show_the_sign_that_decides() -> None:
-    assert run.estimate({"value": 0.106, "low": 0.0018, "high": None}) == "+0.11 [+0.002, unbounded]"
-    assert run.estimate({"value": 0.0, "low": -0.0099, "high": 0.01}) == "+0.00 [-0.01, +0.01]"
-    assert run.estimate({"value": 3.0, "low": None, "high": None}) == "unbounded"
+    assert estimate({"value": 0.106, "low": 0.0018, "high": None}) == "+0.11 [+0.002, unbounded]"
+    assert estimate({"value": 0.0, "low": -0.0099, "high": 0.01}) == "+0.00 [-0.01, +0.01]"
+    assert estimate({"value": 3.0, "low": None, "high": None}) == "unbounded"
 
 
 def test_what_was_not_run_is_said_with_its_command() -> None:
