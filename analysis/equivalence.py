@@ -94,23 +94,25 @@ def typical_interval(values: Floats, *, estimate: float, n: int, name: str, conf
     if not 0 < confidence < 1:
         raise InputError(f"confidence must lie between 0 and 1, got {confidence}")
     known = np.sort(values[np.isfinite(values)])
-    known = np.round(known, _decimals(known))  # an end that ties with 0 or with a margin must not pass it by rounding
     tail = math.floor((1 - confidence) / 2 * (len(values) + 1) + 1e-9) - (len(values) - len(known))
-    low, high = (float(known[tail - 1]), float(known[-tail])) if tail >= 1 else (-math.inf, math.inf)
+    low, high = _rounded(float(known[tail - 1]), float(known[-tail])) if tail >= 1 else (-math.inf, math.inf)
     return Interval(name, estimate, low, high, confidence, math.nan, math.nan, n)
 
 
-def _decimals(values: Floats) -> int:
-    """As many as give the largest value 12 digits, the slack of :func:`typical_p`."""
-    largest = float(np.abs(values).max(initial=0.0))
-    return 11 - math.floor(math.log10(largest)) if largest > 0 else 0
+def _rounded(low: float, high: float) -> tuple[float, float]:
+    """To 12 digits of the larger: one that ties with 0 or with a margin of few digits must not pass it by rounding."""
+    largest = max(abs(low), abs(high))
+    if largest < 1e-200:
+        return low, high
+    digits = 11 - math.floor(math.log10(largest))
+    return round(low, digits), round(high, digits)
 
 
 def typical_p(values: Floats, null: float = 0.0) -> float:
     """Two-sided p value of ``estimand = null``: twice the share of sets on the rarer side, the empty set counted in.
 
-    For means it is :func:`analysis.sign_flip_p` of ``values - null``. It is at most ``1 - confidence`` exactly where
-    :func:`typical_interval`, whose ends are rounded to 12 digits of the largest value, excludes ``null``.
+    For means it is :func:`analysis.sign_flip_p` of ``values - null``. It is at most ``1 - confidence`` where
+    :func:`typical_interval` excludes ``null``, to 12 digits: the interval's ends are rounded so, and ties counted so.
     """
     return min(1.0, 2 * min(_share(values, null, below=True), _share(values, null, below=False)))
 

@@ -521,6 +521,7 @@ def run_verdict(values: dict[str, Any]) -> int:
         margin=options.margin,
         alpha=options.alpha,
         at=options.at,
+        collapsed=options.collapsed,
     )
     print(json.dumps(as_json(judgement), indent=1, allow_nan=False) if options.json else as_text(judgement))
     return EXIT_OK

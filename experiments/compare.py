@@ -25,6 +25,9 @@ from sam import MethodSpec
 
 STUDY_FILE = "study.json"
 STUDY_SCHEMA = "sam-masks/comparison/1"
+RUN_NAMES = "by arm"
+"""How runs are named, as part of a comparison's name: one whose runs were named otherwise would be made again beside
+them."""
 
 
 @dataclass(frozen=True)
@@ -222,7 +225,8 @@ class Plan:
     def study_id(self) -> str:
         """Name of the comparison: hash of all that its runs are named after."""
         together = {name: digest for content in self.content.values() for name, digest in content.items()}
-        return self.config.digest(together | {"measure": json.dumps(asdict(self.measure))})
+        own = {"measure": json.dumps(asdict(self.measure)), "run names": RUN_NAMES}
+        return self.config.digest(together | own)
 
     @property
     def default_folder(self) -> Path:

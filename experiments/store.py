@@ -175,20 +175,30 @@ class Store:
         Raises:
             InputError: it cannot be written.
         """
-        aside = self.folder / (name + PARTIAL)
         telemetry = {
             **record.telemetry,
             "attempts": attempts,
             "host": socket.gethostname(),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         }
+        with self._written(name) as aside:
+            if files is not None:
+                files(aside)
+            write_run(aside, record, telemetry)
+
+    @contextmanager
+    def _written(self, name: str) -> Iterator[Path]:
+        """A folder to write a run into, which is then renamed; what stands in its place and is no record is set aside.
+
+        Raises:
+            InputError: it cannot be written; nothing is left of it.
+        """
+        aside = self.folder / (name + PARTIAL)
         shutil.rmtree(aside, ignore_errors=True)
         try:
             with writing_to(self.folder):
                 aside.mkdir()
-                if files is not None:
-                    files(aside)
-                write_run(aside, record, telemetry)
+                yield aside
                 if not self.is_complete(name) and (self.folder / name).exists():
                     self.set_aside(name)
                 os.rename(aside, self.folder / name)
@@ -214,13 +224,12 @@ class Store:
         record = source.read(name, config=config)
         if record is None:
             return False
-        aside = self.folder / (name + PARTIAL)
-        with suppress(Busy), self.working_on(name), writing_to(self.folder):
+        taken = replace(record, arm=arm, telemetry=record.telemetry | {"taken_from": str(source.folder.parent)})
+        with suppress(Busy), self.working_on(name):
             if not self.is_complete(name):
-                shutil.rmtree(aside, ignore_errors=True)
-                shutil.copytree(source.folder / name, aside)
-                write_run(aside, replace(record, arm=arm), record.telemetry)
-                os.rename(aside, self.folder / name)
+                with self._written(name) as aside:
+                    shutil.copytree(source.folder / name, aside, dirs_exist_ok=True)
+                    write_run(aside, taken, taken.telemetry)
         return self.is_complete(name)
 
 
@@ -293,9 +302,19 @@ def read_all(folder: Path) -> list[RunRecord]:
     """The records of all completed runs in a store, sorted by name.
 
     Raises:
-        InputError: one of them cannot be read.
+        InputError: one of them cannot be read, or two are of the same arm and configuration.
     """
-    return [read_run(folder / name) for name in completed(folder)]
+    names = completed(folder)
+    records = [read_run(folder / name) for name in names]
+    seen: dict[str, str] = {}
+    for name, record in zip(names, records, strict=True):
+        other = seen.setdefault(json.dumps([record.arm, record.config], sort_keys=True), name)
+        if other != name:
+            raise InputError(
+                f"{folder} holds the same run of arm {record.arm} twice, as {other} and {name}: made by different "
+                "versions, or of other files; keep one of them"
+            )
+    return records
 
 
 def _write_synced(path: Path, text: str) -> None:

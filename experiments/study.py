@@ -22,9 +22,9 @@ CONTROLS = ("train_error", "train_loss", "weight_norm")
 
 INVERSE = "1/"
 
-COLLAPSED = 0.10
-"""Validation accuracy below that of the radius chosen from which on training counts as collapsed: such weights are flat
-and wrong, and a few of them decide any line through all."""
+COLLAPSED = 10.0
+"""Percentage points of validation accuracy that a radius larger than the one chosen may cost; beyond, training counts
+as collapsed: such weights are flat and wrong, and a few of them decide any line through all."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,7 +35,7 @@ class Study:
         frame: one row per run: ``arm``, ``seed``, ``rho`` (0 for an arm without one), ``test_error``, ``train_error``,
             ``train_loss``, ``weight_norm``, ``train_error_clean``, a column for each metric and, where it was measured
             twice, METRIC_repeat; see :mod:`analysis.reliability`. Arms and radii with a run that diverged or is missing
-            are left out, and radii with a mean validation accuracy :data:`COLLAPSED` below that of the arm's chosen one.
+            are left out, and those at which training collapsed, see :data:`COLLAPSED`.
         arms: names of the arms in the order of the comparison; those with role "control" are in ``controls``.
         chosen: the radius of each arm that has one, chosen on validation data.
         metrics: the metrics that all runs name, in full. All grow with sharpness: one of which a larger value means
@@ -64,8 +64,12 @@ def load_frame(folder: Path) -> pd.DataFrame:
     return load_study(folder).frame
 
 
-def load_study(folder: Path) -> Study:
+def load_study(folder: Path, collapsed: float = COLLAPSED) -> Study:
     """Read the folder of a comparison.
+
+    Args:
+        folder: of the comparison.
+        collapsed: see :data:`COLLAPSED`.
 
     Raises:
         InputError: no comparison, one that is not finished, or records that cannot be read.
@@ -83,8 +87,8 @@ def load_study(folder: Path) -> Study:
         if not report:
             raise InputError(f"{folder} holds no finished run of the report; let sam-masks compare finish first")
         kept, left_out = _complete(report)
-        collapsed = _collapsed(kept, chosen)
-        kept, left_out = [record for record in kept if _key(record)[::2] not in collapsed], left_out | collapsed
+        failed = _collapsed(kept, chosen, collapsed)
+        kept, left_out = [record for record in kept if _key(record)[::2] not in failed], left_out | failed
         settings: dict[str, list[tuple[RunRecord, dict[str, Any]]]] = {}
         for record in kept:
             for name, found in record.result["metrics"].items():
@@ -152,18 +156,20 @@ def _complete(records: list[RunRecord]) -> tuple[list[RunRecord], dict[tuple[str
     return kept, left_out
 
 
-def _collapsed(records: list[RunRecord], chosen: dict[str, float]) -> dict[tuple[str, float], str]:
-    """The arms and radii at which training collapsed, by the mean validation accuracy of the report's runs."""
-    cells: dict[tuple[str, float], list[float]] = {}
+def _collapsed(records: list[RunRecord], chosen: dict[str, float], points: float) -> dict[tuple[str, float], str]:
+    """The arms and radii at which training collapsed, by the mean validation accuracy of the report's runs: beside that
+    of the radius chosen, or of the best one where the chosen one is not there. None without validation images."""
+    cells: dict[str, dict[float, list[float]]] = {}
     for record in records:
         arm, _, rho = _key(record)
-        cells.setdefault((arm, rho), []).append(_number(record.result.get("val_accuracy")))
-    means = {cell: sum(found) / len(found) for cell, found in cells.items()}
+        cells.setdefault(arm, {}).setdefault(rho, []).append(100 * _number(record.result.get("val_accuracy")))
     out = {}
-    for (arm, rho), mean in means.items():
-        best = means.get((arm, chosen.get(arm, rho)), math.nan)
-        if mean < best - COLLAPSED:  # not where there were no validation images
-            out[arm, rho] = f"collapsed: validation accuracy {100 * mean:.1f} %, {100 * best:.1f} % at the radius chosen"
+    for arm, radii in cells.items():
+        means = {rho: sum(found) / len(found) for rho, found in radii.items()}
+        best = chosen[arm] if chosen.get(arm) in means else max(means, key=lambda rho: means[rho])
+        for rho, mean in means.items():
+            if rho > best and mean < means[best] - points:
+                out[arm, rho] = f"collapsed: validation accuracy {mean:.1f} %, {means[best]:.1f} % at rho {best:g}"
     return out
 
 

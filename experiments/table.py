@@ -277,6 +277,14 @@ def _gains(comparison: Comparison) -> dict[str, PairedComparison]:
     return gains
 
 
+def _taken_note(comparison: Comparison) -> list[str]:
+    records = [record for found in comparison.records.values() for record in found]
+    taken = sum("taken_from" in record.telemetry for record in records)
+    if not taken:
+        return []
+    return [f"{taken} of {len(records)} runs were taken over from other comparisons, with the times they took there."]
+
+
 def _notes(comparison: Comparison, rows: Sequence[Row]) -> list[str]:
     config = comparison.config
     sizes = comparison.records[BASELINE][0].result
@@ -310,6 +318,7 @@ def _notes(comparison: Comparison, rows: Sequence[Row]) -> list[str]:
         "Radius ||eps||_2 and ascent strength L(w+eps) - L(w): means over all steps of training.",
         f"Cost: {clock} of training relative to none, median over seeds, mask building included (predicted: "
         "from counted operations, mask building and elementwise work not included).",
+        *_taken_note(comparison),
         "lambda_max and m-sharpness, on training images with the labels trained on: mean, 95 % t interval over seeds.",
         f"lambda_max: {rows[0].lambda_max.name}.",
         f"m-sharpness: {rows[0].m_sharpness.name}.",

@@ -20,7 +20,7 @@ from analysis.verdict import Verdict, verdict, verdicts
 from experiments.config import BASELINE
 from experiments.equal_loss import NotReached, at_equal_loss
 from experiments.record import finite
-from experiments.study import INVERSE, Study, load_frame, load_study
+from experiments.study import COLLAPSED, INVERSE, Study, load_frame, load_study
 from masks.errors import InputError, unknown_name
 
 __all__ = ["Judgement", "VerdictOptions", "as_json", "as_text", "judge", "load_frame"]
@@ -48,6 +48,8 @@ class VerdictOptions:
         alpha: rate at which the verdict may claim something false, over all contrasts.
         at: sharpness of the final weights, or where each run reached the training loss that all of the contrast
             reached (needs compare --measure-every).
+        collapsed: percentage points of validation accuracy that a radius larger than the one chosen may cost; those
+            that cost more are left out (100 keeps all).
         json: print everything as JSON.
     """
 
@@ -58,6 +60,7 @@ class VerdictOptions:
     margin: float = MARGIN_POINTS
     alpha: float = 0.05
     at: At = "end"
+    collapsed: float = COLLAPSED
     json: bool = False
 
 
@@ -99,6 +102,7 @@ def judge(
     margin: float = MARGIN_POINTS,
     alpha: float = 0.05,
     at: At = "end",
+    collapsed: float = COLLAPSED,
     resamples: int = 1999,
 ) -> Judgement:
     """Judge the contrasts of a comparison; see :class:`VerdictOptions` and :func:`analysis.verdict.verdict`.
@@ -108,7 +112,7 @@ def judge(
         contrasts: as ``"norm-all"``; none for the default ones.
         primary: None for the default one.
         secondary: None for all others that the runs have.
-        margin, alpha, at: see :class:`VerdictOptions`.
+        margin, alpha, at, collapsed: see :class:`VerdictOptions`.
         resamples: of the rank correlations; 0 leaves them out.
 
     Raises:
@@ -119,7 +123,9 @@ def judge(
         raise InputError(f"alpha must lie between 0 and 1, got {alpha}")
     if not (math.isfinite(margin) and margin > 0):
         raise InputError(f"margin must be a positive finite number of percentage points, got {margin}")
-    study = load_study(Path(folder))
+    if not collapsed > 0:
+        raise InputError(f"collapsed must be a positive number of percentage points, got {collapsed}")
+    study = load_study(Path(folder), collapsed)
     metric = _primary(study, primary)
     pairs = [_pair(study, text) for text in contrasts] or _default_contrasts(study)
     for arm in dict.fromkeys(arm for pair in pairs for arm in pair):

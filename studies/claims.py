@@ -118,5 +118,11 @@ def settle(
                     decided = beyond_ascent(claim, against, strength, claims["margin"])
                 else:
                     decided = outcome(claim, verdict, claims["margin"])
-                out.append({**claim, "comparison": name, "method": method, "n": verdict["seeds"], **decided})
+                which = {
+                    "comparison": name,
+                    "method": method,
+                    "n": verdict["seeds"],
+                    "confidence": verdict["confidence"],
+                }
+                out.append({**claim, **which, **decided})
     return out

@@ -22,10 +22,11 @@ HERE = Path(__file__).resolve().parent
 DOCS = HERE.parent / "docs"
 FIGURES = {
     "accuracy.svg": "Test accuracy per arm",
-    "rho.svg": "Validation accuracy against the radius",
-    "sharpness-3.svg": "Test error against the primary metric of sharpness",
-    **{f"equal-sharpness-{i}.svg": f"Test error against sharpness along the radii, contrast {i}" for i in range(1, 9)},
+    "rho.svg": "Accuracy against the radius: validation, over the tuning seeds; of a sweep also test, over the "
+    "report's. The ring marks the radius chosen; an axis ends 15 points below the lowest ring",
+    "sharpness-3.svg": "Test error against the primary metric of sharpness: a dot per run, a mark per arm",
 }
+CURVES = "equal-sharpness-{}.svg"
 _FEW = 6
 _BLOCK = re.compile(r"(<!-- study: (\w+)/(\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _WORDS = {True: "held", False: "**not held**", None: "not decided"}
@@ -45,24 +46,30 @@ def table(records: Path) -> str:
         {
             "arm": arm.arm,
             "kept": f"{arm.kept:,}" if arm.kept else "-",
+            "normalization": "-" if pd.isna(arm.norm_share) else f"{100 * arm.norm_share:.0f} %",
             "rho": f"{arm.rho:.3g}{' (edge)' if arm.rho_at_edge else ''}" if arm.kept else "-",
             "test accuracy, %": _interval(arm.test_accuracy, arm.test_accuracy_low, arm.test_accuracy_high),
             "gain, points": "-" if pd.isna(arm.gain) else _interval(arm.gain, arm.gain_low, arm.gain_high, "+"),
             "p (Holm)": "-" if pd.isna(arm.gain_p_holm) else f"{arm.gain_p_holm:.3f}",
             "ascent": f"{arm.ascent:.3f}" if arm.kept else "-",
             "lambda_max": f"{arm.lambda_max:.3g}",
-            "cost": f"{arm.cost:.2f}",
+            "cost": "-" if pd.isna(arm.predicted_cost) else f"{arm.predicted_cost:.2f}",
         }
         for arm in arms.itertuples()
     ]
     tried = trials.groupby("arm").size()
     n, tries = int(arms.n.iloc[0]), int(trials.n.iloc[0])
     numbers = f"{tried.min()}" if tried.min() == tried.max() else f"{tried.min()} to {tried.max()}"
+    controls = (arms.role == "control").sum()
+    families = f"{(arms.role == 'main').sum() - 1} main arms" + (
+        f" and, apart, {controls} controls" if controls else ""
+    )
     return (
         f"{markdown(rows)}\n\nn = {n} seeds; 95 % intervals over seeds and test images; gain over none, paired; p by "
-        f"sign flips, Holm's correction over the main arms; rho chosen per arm from {numbers} radii by the mean "
-        f"validation accuracy of {tries} other seeds; ascent: L(w + eps) - L(w), mean over all steps, nats; cost: "
-        "training time over that of none."
+        f"sign flips, Holm's correction over {families}; normalization: share of the mask that is of normalization "
+        f"layers; rho chosen per arm that has one from {numbers} radii by the mean validation accuracy of {tries} "
+        "other seeds; ascent: L(w + eps) - L(w), mean over all steps, nats; cost: operations of a step over those of none, "
+        "counted, without building masks."
     )
 
 
@@ -87,6 +94,7 @@ def flatness(verdicts: list[dict[str, Any]]) -> str:
         f"{markdown(rows)}\n\nBy {first['metric']}; n = {first['seeds']} seeds; intervals at "
         f"{100 * first['confidence']:.4g} % (95 % over the contrasts together); through sharpness and not: mediation "
         "within seeds; at equal sharpness: analysis of covariance over the radii of both arms."
+        + "".join(f" {note.replace('LEFT OUT', 'Left out')}." for note in first["left_out"])
     )
 
 
@@ -101,11 +109,12 @@ def association(records: Path) -> str:
     chosen = pd.read_csv(records / "table.csv", keep_default_na=False, na_values=[""]).set_index("arm").rho.fillna(0.0)
     runs = pd.read_csv(records / "runs.csv", keep_default_na=False, na_values=[""], low_memory=False)
     runs = runs[runs.test_accuracy.notna() & runs.arm.isin(same) & (runs.rho == runs.arm.map(chosen))]
-    means = runs.groupby("arm")[[metric, "test_accuracy"]].mean()
-    rank = means.corr("spearman").iloc[0, 1]
+    means = runs.groupby("arm")[["test_accuracy", metric, "train_error"]].mean()
+    sharpness, fit = means.corr("spearman").iloc[0, 1:]
     return (
-        f"Rank correlation (Spearman) of the arms' mean {metric} and mean test accuracy: {rank:+.2f} over {len(means)} "
-        "arms trained for as many epochs, at their chosen radii; exploratory, no claim rests on it."
+        f"Rank correlation (Spearman) of the arms' mean test accuracy with their mean {metric}: {sharpness:+.2f}; with "
+        f"their mean training error on the labels trained on: {fit:+.2f}. Over {len(means)} arms trained for as many "
+        "epochs, at their chosen radii; exploratory, no claim rests on it."
     )
 
 
@@ -121,11 +130,12 @@ def claims(records: Path) -> str:
 def _claim(one: dict[str, Any]) -> dict[str, str]:
     numbers = [f"{estimate(one)} {one['unit']}"] if "value" in one else []
     numbers += [one["word"]] if "word" in one else []
+    level = f"; {100 * one['confidence']:.4g} % interval" if "value" in one else ""
     return {
         "claim": f"{one['says']} ({one['by']})",
         "comparison": f"{one['comparison']}, {one['method']}",
         "outcome": _WORDS[one["held"]],
-        "by": f"{'; '.join(numbers)}; n = {one['n']}",
+        "by": f"{'; '.join(numbers)}; n = {one['n']}{level}",
     }
 
 
@@ -135,13 +145,17 @@ def block(study: str, name: str) -> str:
         return claims(records)
     if not (records / name).exists():
         return f"Not run yet: `python -m studies.run {study} --only {name}`."
-    figures = [
-        f"![{words}](figures/{study}-{name}-{file})"
-        for file, words in FIGURES.items()
-        if (records / name / file).exists()
-    ]
     found = json.loads((records / name / "verdict.json").read_text(encoding="utf-8"))
     verdicts = [one for one in found if not one["family"]]
+    curves = {
+        CURVES.format(i): f"Test error against sharpness along the radii of {one['arm']} and {one['reference']}"
+        for i, one in enumerate(verdicts, start=1)
+    }
+    figures = [
+        f"![{words}](figures/{study}-{name}-{file})"
+        for file, words in (FIGURES | curves).items()
+        if (records / name / file).exists()
+    ]
     of_sweep = [flatness(verdicts)] if any(one["iso"]["sweep"] for one in verdicts) else []
     return "\n\n".join([table(records / name), *of_sweep, *filter(None, [association(records / name)]), *figures])
 
@@ -165,7 +179,7 @@ def main(arguments: list[str] | None = None) -> int:
     files = {
         DOCS / "figures" / f"{file.parents[2].name}-{file.parent.name}-{file.name}": file
         for file in HERE.glob("*/records/*/*.svg")
-        if file.name in FIGURES
+        if file.name in FIGURES or file.match(CURVES.format("*"))
     }
     for target, source in files.items():
         current &= target.exists() and target.read_bytes() == source.read_bytes()

@@ -1,7 +1,7 @@
 """A study, from nothing to its report: every comparison of a folder of configurations, and what became of its claims.
 
     python -m studies.run digits [--only NAME ...] [--processes 2] [--data npz:FILE] [--name NAME]
-        [--out FOLDER] [--scale 0.1]
+        [--out FOLDER] [--scale 0.1] [--records]
 
 The comparisons are the folder's YAML files, as ``sam-masks compare --config`` takes them; claims.yaml holds what is
 tested, fixed beforehand. Interrupted, the same command goes on. What is committed is written to records/NAME/: the
@@ -61,16 +61,23 @@ def shrunk(config: dict[str, Any], scale: float) -> list[str]:
 
 
 def judged(folder: Path, claims: dict[str, Any], arms: Sequence[str]) -> list[dict[str, Any]]:
-    """The verdicts that the claims need, each with its ``family``: the intervals of a family hold together. None where
-    the arms allow none, or there are too few runs."""
+    """The verdicts that the claims need, each with its ``family``, whose intervals hold together, and what was
+    ``left_out``. None where the arms allow none, or there are too few runs."""
     out: list[dict[str, Any]] = []
     for family in dict.fromkeys(claim.get("family", "") for claim in claims["claims"]):
         pairs = contrasts([claim for claim in claims["claims"] if claim.get("family", "") == family], arms)
         if pairs:
             options = [f"--contrasts={','.join(pairs)}", f"--margin={claims['margin']}", "--json"]
-            found = json.loads(run(["verdict", str(folder), *options]))["verdicts"]
-            out += [{"family": family, **one} for one in found]
+            found = json.loads(run(["verdict", str(folder), *options]))
+            left_out = [note for note in found["notes"] if note.startswith("LEFT OUT")]
+            out += [{"family": family, "left_out": left_out, **one} for one in found["verdicts"]]
     return out
+
+
+def report(folder: Path, verdicts: list[dict[str, Any]]) -> None:
+    """Draw the comparison anew, with the contrasts of the claims."""
+    pairs = [f"{one['arm']}-{one['reference']}" for one in verdicts if not one["family"]]
+    run(["report", str(folder), *([f"--contrasts={','.join(pairs)}"] if pairs else [])])
 
 
 def keep(folder: Path, records: Path, verdicts: list[dict[str, Any]]) -> None:
@@ -106,11 +113,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--name", help="of results and records (default: the study); for other data")
     parser.add_argument("--out", type=Path, default=Path("results/studies"))
     parser.add_argument("--scale", type=float, default=1.0)
+    parser.add_argument("--records", action="store_true", help="train nothing: make verdicts, figures and records anew")
     options = parser.parse_args(arguments)
     folder = HERE / options.study
     claims = yaml.safe_load((folder / "claims.yaml").read_text(encoding="utf-8"))
-    kept = options.out / (options.name or options.study)
-    records = HERE / kept.name / "records" if options.scale == 1 else kept / "records"
+    whole = options.scale == 1
+    kept = options.out / ((options.name or options.study) + ("" if whole else f"-{options.scale:g}"))
+    records = (HERE if whole else options.out) / kept.name / "records"
     verdicts: dict[str, list[dict[str, Any]]] = {}
     ascents: dict[str, dict[str, float]] = {}
     for name in [*claims["comparisons"], *claims["sweeps"]]:
@@ -125,13 +134,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         smaller = shrunk(config, options.scale)
         how = [f"--processes={options.processes}", f"--device={options.device}", f"--out={out}", "--quiet"]
         how += [f"--data={options.data}"] if options.data else []
-        others = [str(place.parent) for place in sorted(out.parent.glob("*/runs")) if place.parent != out]
+        others = [str(place.parent) for place in sorted(kept.glob("*/runs")) if place.parent != out]
         how += [f"--reuse={','.join(others)}"] if others else []
         print(f"{name}: {out}", flush=True)
-        run(["compare", f"--config={file}", *how, *smaller])
+        if not options.records:
+            run(["compare", f"--config={file}", *how, *smaller])
         made = json.loads((out / "study.json").read_text(encoding="utf-8"))
         arms = [arm["name"] for arm in made["config"]["arms"]]
-        verdicts[name] = judged(out, claims, arms) if not smaller else []
+        verdicts[name] = judged(out, claims, arms) if whole else []
+        report(out, verdicts[name])
         keep(out, records / name, verdicts[name])
         ascents[name] = ascents_of(records / name)
     settled = settle(claims, verdicts, ascents)

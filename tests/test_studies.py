@@ -34,7 +34,7 @@ def verdict(total: Found, flattening: Found, word: str = "not identified", arm: 
         return dict(zip(("value", "low", "high"), found, strict=True))
 
     return {
-        "word": word, "arm": arm, "reference": "none", "seeds": 12, "gain": {"p_holm": 0.25},
+        "word": word, "arm": arm, "reference": "none", "seeds": 12, "gain": {"p_holm": 0.25}, "confidence": 0.9875,
         "mediation": {"total": interval(total), "flattening": interval(flattening)},
     }  # fmt: skip
 
@@ -186,30 +186,34 @@ def test_a_table_from_records(tmp_path: Path) -> None:
     arm = {
         "arm": "norm", "kept": 1288, "rho": 0.5, "rho_at_edge": True, "test_accuracy": 0.9123, "test_accuracy_low": 0.9,
         "test_accuracy_high": 0.92, "gain": 0.0123, "gain_low": -0.001, "gain_high": 0.02, "gain_p_holm": 0.04,
-        "ascent": 0.25, "lambda_max": 12.3, "cost": 1.75, "n": 12,
+        "ascent": 0.25, "lambda_max": 12.3, "predicted_cost": 1.75, "n": 12, "role": "main", "norm_share": 0.5,
     }  # fmt: skip
-    none = {**arm, "arm": "none", "kept": 0, "rho_at_edge": False, "gain": math.nan, "gain_p_holm": math.nan}
+    bare = {"rho_at_edge": False, "gain": math.nan, "gain_p_holm": math.nan, "norm_share": math.nan}
+    none = {**arm, "arm": "none", "kept": 0, **bare}
     pd.DataFrame([none, arm]).to_csv(tmp_path / "table.csv", index=False)
     pd.DataFrame({"arm": ["norm"] * 7, "n": [2] * 7}).to_csv(tmp_path / "trials.csv", index=False)
     text = page.table(tmp_path)
     assert (
-        "| norm | 1,288 | 0.5 (edge) | 91.23 [90.00, 92.00] | +1.23 [-0.10, +2.00] | 0.040 | 0.250 | 12.3 | 1.75 |"
-        in text
-    )
-    assert "| none | - | - | 91.23 [90.00, 92.00] | - | - | - | 12.3 | 1.75 |" in text
+        "| norm | 1,288 | 50 % | 0.5 (edge) | 91.23 [90.00, 92.00] | +1.23 [-0.10, +2.00] | 0.040 | 0.250 | 12.3 | "
+        "1.75 |"
+    ) in text
+    assert "| none | - | - | - | 91.23 [90.00, 92.00] | - | - | - | 12.3 | 1.75 |" in text
     assert "n = 12 seeds" in text
     assert "from 7 radii by the mean validation accuracy of 2 other seeds" in text
 
 
 def test_a_table_of_claims(tmp_path: Path) -> None:
-    claim = {"says": "a is b", "by": "us", "comparison": "c", "method": "sam", "n": 12}
+    claim = {"says": "a is b", "by": "us", "comparison": "c", "method": "sam", "n": 12, "confidence": 0.9875}
     made = [
         {**claim, "held": False, "value": -0.5, "low": None, "high": -0.25, "unit": "points of test accuracy"},
         {**claim, "held": None, "word": "not identified"},
     ]
     (tmp_path / "claims.json").write_text(json.dumps(made))
     text = page.claims(tmp_path)
-    assert "| a is b (us) | c, sam | **not held** | -0.50 [unbounded, -0.25] points of test accuracy; n = 12 |" in text
+    assert (
+        "| a is b (us) | c, sam | **not held** | -0.50 [unbounded, -0.25] points of test accuracy; n = 12; "
+        "98.75 % interval |"
+    ) in text
     assert "| a is b (us) | c, sam | not decided | not identified; n = 12 |" in text
 
 
@@ -224,7 +228,7 @@ def test_what_was_not_run_is_said_with_its_command() -> None:
 
 
 def test_a_table_of_verdicts_of_a_sweep() -> None:
-    made = verdict((1.0, 0.5, 1.5), (0.2, 0.1, 0.3)) | {"metric": "m", "confidence": 0.9875}
+    made = verdict((1.0, 0.5, 1.5), (0.2, 0.1, 0.3)) | {"metric": "m", "left_out": ["LEFT OUT: a at rho 4: collapsed"]}
     made["mediation"] |= {"indirect": {"value": 9.0, "low": None, "high": None}, "direct": made["mediation"]["total"]}
     made["iso"] = {"sweep": {"direct": {"value": 0.4, "low": -0.1, "high": 0.9}}}
     text = page.flatness([made])
@@ -233,6 +237,7 @@ def test_a_table_of_verdicts_of_a_sweep() -> None:
         "+0.40 [-0.10, +0.90] | not identified |"
     ) in text
     assert "n = 12 seeds; intervals at 98.75 %" in text
+    assert text.endswith(" Left out: a at rho 4: collapsed.")
 
 
 def test_the_rank_correlation_is_over_arms_of_one_length_at_their_chosen_radii(tmp_path: Path) -> None:
@@ -242,11 +247,13 @@ def test_the_rank_correlation_is_over_arms_of_one_length_at_their_chosen_radii(t
     (tmp_path / "study.json").write_text(json.dumps(study))
     chosen = pd.DataFrame({"arm": [*names, "none_2x"], "rho": [np.nan, *[0.1] * 5, np.nan]})
     chosen.to_csv(tmp_path / "table.csv", index=False)
-    runs = [(name, 0.0 if name == "none" else 0.1, 0.9 - 0.01 * i, 1.0 + i) for i, name in enumerate(names)]
-    runs += [("none_2x", 0.0, 0.1, 0.0), ("a", 0.9, 0.1, 0.0), ("b", 0.1, np.nan, 0.0)]
-    columns = ["arm", "rho", "test_accuracy", "m"]
+    runs = [(name, 0.0 if name == "none" else 0.1, 0.9 - 0.01 * i, 1.0 + i, -i) for i, name in enumerate(names)]
+    runs += [("none_2x", 0.0, 0.1, 0.0, 0), ("a", 0.9, 0.1, 0.0, 0), ("b", 0.1, np.nan, 0.0, 9)]
+    columns = ["arm", "rho", "test_accuracy", "m", "train_error"]
     pd.DataFrame(runs, columns=columns).to_csv(tmp_path / "runs.csv", index=False)
-    assert "mean m and mean test accuracy: -1.00 over 6 arms" in page.association(tmp_path)
+    assert "with their mean m: -1.00; with their mean training error on the labels trained on: +1.00. Over 6 arms" in (
+        page.association(tmp_path)
+    )
     (tmp_path / "study.json").write_text(json.dumps(study | {"config": {"arms": arms[1:]}}))
     assert page.association(tmp_path) == ""
 
@@ -279,7 +286,7 @@ def test_jpegs_are_unpacked_as_they_are_read(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_study_shrunk(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run.main(["digits", "--scale", "0.05", "--only", "resnet_half", "--processes", "1", "--out", str(tmp_path)])
-    records = tmp_path / "digits" / "records"
+    records = tmp_path / "digits-0.05" / "records"
     runs = pd.read_csv(records / "resnet_half" / "runs.csv")
     assert len(runs) == 12 * 5 + 13 * 2
     assert json.loads((records / "claims.json").read_text()) == []

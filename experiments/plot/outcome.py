@@ -60,12 +60,13 @@ def against_rho(comparison: Comparison, style: Styles, swept: pd.DataFrame | Non
         }
     methods = list(dict.fromkeys(method[trial.arm] for trial in comparison.trials))
     size: dict[str, Any] = {"width": 7.2 + 2.6 * (len(columns) - 1), "height": 3.6 * len(methods)}
-    figure, axes = new(**size, columns=len(columns), rows=len(methods), squeeze=False, sharey="col")
+    figure, axes = new(**size, columns=len(columns), rows=len(methods), squeeze=False, sharex="row", sharey="col")
     for column, (what, curves) in zip(axes.T, columns.items(), strict=True):
         for name, curve in curves.items():
             _radii(column[methods.index(method[name])], curve, comparison.chosen[name], style[name], label(name))
         rings = [value for name, curve in curves.items() for rho, value in curve if rho == comparison.chosen[name]]
-        if min(value for curve in curves.values() for _, value in curve) < min(rings) - BELOW:
+        lowest = min((value for curve in curves.values() for _, value in curve), default=math.inf)
+        if rings and lowest < min(rings) - BELOW:
             column[0].set_ylim(bottom=min(rings) - BELOW)
         for one in column:
             one.set_ylabel(what)

@@ -14,8 +14,11 @@ from experiments.compare import Comparison, compare, prepare
 from experiments.config import Arm, CompareConfig
 from experiments.measure import MeasureConfig
 from experiments.plan import plan_comparison
+from experiments.report.folder import load_comparison
 from experiments.runner import Policy
 from experiments.store import RESULT, Store, read_run
+from experiments.study import load_study
+from experiments.table import build_table
 from masks import Mask
 from masks.errors import InputError
 from tests.experiments.command_line import refused
@@ -65,6 +68,10 @@ def test_only_what_is_new_is_made_and_nothing_differs(
     assert f"choosing rho: 4 of 8 runs taken over from {comparison.folder}" in told
     assert f"comparing: 6 of 12 runs taken over from {comparison.folder}" in told
     assert {r.arm for r in found.records["random mask"]} == {"random mask"}
+    assert (
+        "6 of 12 runs were taken over from other comparisons, with the times they took there."
+        in build_table(found).notes
+    )
     assert [(arm.tuning_done, arm.report_done) for arm in planned.arms] == [(0, 3), (4, 3), (0, 0)]
     made.clear()
     afresh = compare(bigger, tmp_path / "b", measure=comparison.measure, policy=QUIET)
@@ -88,6 +95,27 @@ def test_a_damaged_record_is_made_again(
     damaged = tmp_path / "a" / "runs" / run_id
     assert f"warning: not reused: {damaged} is not the record of a run" in capsys.readouterr().err
     assert results(tmp_path / "b") == results(comparison.folder)
+
+
+def test_what_stands_in_a_runs_place_and_is_none_is_set_aside(comparison: Comparison, tmp_path: Path) -> None:
+    record = comparison.records["norm"][0]
+    store = Store(tmp_path / "runs")
+    store.prepare()
+    (tmp_path / "runs" / record.run_id).mkdir()
+    (tmp_path / "runs" / record.run_id / "notes.txt").write_text("mine")
+    assert store.take_over(record.run_id, Store(comparison.folder / "runs"), "norm", record.config)
+    assert (tmp_path / "runs" / f"{record.run_id}.damaged-1" / "notes.txt").read_text() == "mine"
+    assert not list((tmp_path / "runs").glob("*.partial"))
+
+
+def test_the_same_run_under_two_names_is_refused(comparison: Comparison, tmp_path: Path) -> None:
+    """As a version that named runs otherwise would leave it: every number would count it twice."""
+    shutil.copytree(comparison.folder, tmp_path / "a")
+    runs, run_id = tmp_path / "a" / "runs", comparison.records["norm"][0].run_id
+    shutil.copytree(runs / run_id, runs / "0123456789abcdef")
+    for read in (load_study, load_comparison):
+        with pytest.raises(InputError, match=f"the same run of arm norm twice, as 0123456789abcdef and {run_id}"):
+            read(tmp_path / "a")
 
 
 def test_other_settings_or_measurements_are_other_runs(
@@ -144,7 +172,9 @@ def test_a_run_that_another_process_makes_is_left_to_it(comparison: Comparison, 
         assert not store.take_over(record.run_id, source, "norm", record.config)
         assert not store.is_complete(record.run_id)
     assert store.take_over(record.run_id, source, "other", record.config)
-    assert read_run(tmp_path / "runs" / record.run_id) == replace(record, arm="other")
+    taken = read_run(tmp_path / "runs" / record.run_id)
+    telemetry = record.telemetry | {"taken_from": str(comparison.folder)}
+    assert taken == replace(record, arm="other", telemetry=telemetry)
     assert not store.take_over("0" * 16, source, "norm", record.config)
     with pytest.raises(InputError, match="is the record of another run"):
         store.take_over(record.run_id, source, "norm", record.config | {"lr": 9.0})

@@ -79,22 +79,36 @@ def test_radii_with_a_diverged_or_missing_run_are_left_out_and_named(tmp_path: P
 
 
 def test_radii_at_which_training_collapsed_are_left_out_and_named(tmp_path: Path) -> None:
-    """By validation accuracy: more than 10 points below the mean at the radius chosen, over the seeds together."""
-    value = {0.1: 0.89, 0.2: 0.9, 0.4: 0.79, 0.5: 0.79, 1.0: 0.88, 2.0: 0.2}
+    """By validation accuracy: more than 10 points below the mean at the radius chosen, over the seeds together; too
+    small a radius is no collapse."""
+    value = {0.1: 0.7, 0.2: 0.9, 0.4: 0.79, 0.5: 0.79, 1.0: 0.88, 2.0: 0.2}
 
-    def result(arm: str, rho: float, seed: int) -> dict[str, Any]:
+    def made(arm: str, rho: float, seed: int) -> dict[str, Any]:
         noise = 0.05 * (-1) ** seed
         found = {} if arm == "none" else {"val_accuracy": value[rho] + noise}
         return {"test_accuracy": 0.99, **found, **weights(0.1, {"m": 1.0}, {})}
 
-    study = load_study(write_study(tmp_path / "a", result))
+    folder = write_study(tmp_path / "a", made)
+    study = load_study(folder)
     assert study.left_out == {
-        ("all", 0.4): "collapsed: validation accuracy 79.0 %, 90.0 % at the radius chosen",
-        ("norm", 2.0): "collapsed: validation accuracy 20.0 %, 88.0 % at the radius chosen",
+        ("all", 0.4): "collapsed: validation accuracy 79.0 %, 90.0 % at rho 0.2",
+        ("norm", 2.0): "collapsed: validation accuracy 20.0 %, 88.0 % at rho 1",
     }
     assert set(zip(study.frame.arm, study.frame.rho, strict=True)) == {
         ("none", 0.0), ("all", 0.1), ("all", 0.2), ("norm", 0.5), ("norm", 1.0)
     }  # fmt: skip
+    assert set(load_study(folder, collapsed=12).left_out) == {("norm", 2.0)}
+    assert load_study(folder, collapsed=100).left_out == {}
+
+
+def test_where_the_chosen_radius_is_missing_the_best_one_says_what_collapsed(tmp_path: Path) -> None:
+    def made(arm: str, rho: float, seed: int) -> dict[str, Any]:
+        found = {"val_accuracy": 0.1 if rho == 2.0 else 0.9, "diverged": "loss 9" if rho == 1.0 else None}
+        return {"test_accuracy": 0.9, **found, **weights(0.1, {"m": 1.0}, {})}
+
+    found = load_study(write_study(tmp_path / "a", made)).left_out
+    assert found["norm", 2.0] == "collapsed: validation accuracy 10.0 %, 90.0 % at rho 0.5"
+    assert "diverged" in found["norm", 1.0]
 
 
 def test_a_metric_that_was_not_measured_is_nan(tmp_path: Path) -> None:
