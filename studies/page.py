@@ -68,13 +68,13 @@ def table(records: Path) -> str:
         f"{markdown(rows)}\n\nn = {n} seeds; 95 % intervals over seeds and test images; gain over none, paired; p by "
         f"sign flips, Holm's correction over {families}; normalization: share of the mask that is of normalization "
         f"layers; rho chosen per arm that has one from {numbers} radii by the mean validation accuracy of {tries} "
-        "other seeds; ascent: L(w + eps) - L(w), mean over all steps, nats; cost: operations of a step over those of none, "
-        "counted, without building masks."
+        "other seeds; ascent: L(w + eps) - L(w), mean over all steps, nats; cost: operations of a step over those of "
+        "none, counted, without building masks."
     )
 
 
 def flatness(verdicts: list[dict[str, Any]]) -> str:
-    """Per contrast of a sweep: gain, flattening, both parts of the gain, and the word of the verdict."""
+    """Per contrast of a sweep: gain and its parts, the word of the verdict, and flattening by every metric."""
     rows = []
     for one in verdicts:
         parts, iso = one["mediation"], one["iso"]["sweep"]
@@ -90,9 +90,22 @@ def flatness(verdicts: list[dict[str, Any]]) -> str:
             }
         )
     first = verdicts[0]
+    by_metric = [
+        {one["metric"]: one["mediation"]["flattening"]}
+        | {other["metric"]: other["flattening"] for other in one["secondary"]}
+        for one in verdicts
+    ]
+    metrics = [
+        {"flatter by, log units": metric}
+        | {
+            f"{one['arm']} - {one['reference']}": estimate(of[metric])
+            for one, of in zip(verdicts, by_metric, strict=True)
+        }
+        for metric in by_metric[0]
+    ]
     return (
-        f"{markdown(rows)}\n\nBy {first['metric']}; n = {first['seeds']} seeds; intervals at "
-        f"{100 * first['confidence']:.4g} % (95 % over the contrasts together); through sharpness and not: mediation "
+        f"{markdown(rows)}\n\n{markdown(metrics)}\n\nThe first table by {first['metric']}; n = {first['seeds']} "
+        f"seeds; intervals at {100 * first['confidence']:.4g} % (95 % over the contrasts together); through sharpness and not: mediation "
         "within seeds; at equal sharpness: analysis of covariance over the radii of both arms."
         + "".join(f" {note.replace('LEFT OUT', 'Left out')}." for note in first["left_out"])
     )

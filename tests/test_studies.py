@@ -231,7 +231,9 @@ def test_a_table_of_verdicts_of_a_sweep() -> None:
     made = verdict((1.0, 0.5, 1.5), (0.2, 0.1, 0.3)) | {"metric": "m", "left_out": ["LEFT OUT: a at rho 4: collapsed"]}
     made["mediation"] |= {"indirect": {"value": 9.0, "low": None, "high": None}, "direct": made["mediation"]["total"]}
     made["iso"] = {"sweep": {"direct": {"value": 0.4, "low": -0.1, "high": 0.9}}}
+    made["secondary"] = [{"metric": "other", "flattening": {"value": -0.4, "low": -0.6, "high": None}}]
     text = page.flatness([made])
+    assert "| m | +0.20 [+0.10, +0.30] |\n| other | -0.40 [-0.60, unbounded] |" in text
     assert (
         "| sam/norm - none | +1.00 [+0.50, +1.50] | +0.20 [+0.10, +0.30] | unbounded | +1.00 [+0.50, +1.50] | "
         "+0.40 [-0.10, +0.90] | not identified |"
