@@ -105,8 +105,8 @@ def flatness(verdicts: list[dict[str, Any]]) -> str:
     ]
     return (
         f"{markdown(rows)}\n\n{markdown(metrics)}\n\nThe first table by {first['metric']}; n = {first['seeds']} seeds; "
-        f"intervals at {100 * first['confidence']:.4g} % (95 % over the contrasts together); through sharpness and not: "
-        "mediation within seeds; at equal sharpness: analysis of covariance over the radii of both arms."
+        f"intervals at {100 * first['confidence']:.4g} % (95 % over the contrasts together); through sharpness and "
+        "not: mediation within seeds; at equal sharpness: analysis of covariance over the radii of both arms."
         + "".join(f" {note.replace('LEFT OUT', 'Left out')}." for note in first["left_out"])
     )
 
