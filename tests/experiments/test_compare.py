@@ -327,6 +327,15 @@ def test_a_folder_of_another_comparison_is_refused_and_left_as_it_is(comparison:
     assert tree(comparison.folder) == before
 
 
+def test_a_folder_whose_runs_were_named_otherwise_is_refused(
+    comparison: Comparison, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its runs would be made again beside those that are there."""
+    monkeypatch.setattr(module, "RUN_NAMES", "by comparison")
+    with pytest.raises(InputError, match="holds the results of another comparison"):
+        again(comparison)
+
+
 FOREIGN: dict[str, Callable[[Path], object]] = {
     "holds no comparison": lambda folder: (folder / "thesis.txt").write_text("my only copy"),
     "holds the results of another comparison": lambda folder: (folder / "study.json").write_text("{}"),

@@ -151,6 +151,19 @@ def test_names_of_arms_may_hold_the_sign_between_them(tmp_path: Path) -> None:
     assert (one.arm, one.reference) == ("a-b", "none")
 
 
+def test_where_training_counts_as_collapsed_is_a_choice(tmp_path: Path, capsys: Output) -> None:
+    def made(arm: str, rho: float, seed: int) -> dict[str, Any]:
+        return result(arm, rho, seed) | {"val_accuracy": 0.7 if (arm, rho) == ("norm", 2.0) else 0.9}
+
+    folder = write_study(tmp_path / "s", made)
+    words = "LEFT OUT: norm at rho 2: collapsed: validation accuracy 70.0 %, 90.0 % at rho 1"
+    assert judge(folder, resamples=0).notes == (words,)
+    for points, told in (("19", True), ("21", False)):
+        assert main(["verdict", str(folder), f"--collapsed={points}"]) == 0
+        assert (words in capsys.readouterr().out) == told
+    assert "collapsed must be a positive number" in refused([str(folder), "--collapsed=0"], capsys)
+
+
 def test_diverged_radii_are_named_and_an_arm_whose_chosen_one_diverged_is_refused(tmp_path: Path) -> None:
     def diverging(rho: float) -> Any:
         return lambda *run: result(*run) | ({"diverged": "loss"} if run == ("norm", rho, 3) else {})
