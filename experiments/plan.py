@@ -21,9 +21,9 @@ from experiments.measure import MeasureConfig, observe
 from experiments.record import RunRecord
 from experiments.resume import Checkpointing, Interrupted
 from experiments.runner import Policy
+from experiments.significance import too_few_seeds
 from experiments.single import MEASURE, check_places, default_folder, identified
 from experiments.store import CHECKPOINT, WORK, Store, read_run
-from experiments.table import too_few_seeds
 from experiments.train import Training
 from experiments.worker import Job
 from masks import MaskSpec

@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from analysis import Verdict, seeds_needed
 from experiments.config import BASELINE
-from experiments.table import ALPHA, Row, Table, gain_text
+from experiments.significance import ALPHA
+from experiments.table import Row, Table, gain_text
 
 
 def answer(table: Table) -> list[str]:

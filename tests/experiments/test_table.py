@@ -16,7 +16,8 @@ from scipy import stats
 
 from experiments.compare import Comparison
 from experiments.config import Arm
-from experiments.table import Row, Table, build_table, frame, matched_count, shown
+from experiments.matching import matched_count
+from experiments.table import Row, Table, build_table, frame, shown
 from tests.experiments.made_up import Made, measured, row_of
 
 

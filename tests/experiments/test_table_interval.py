@@ -11,8 +11,9 @@ import pytest
 from scipy import stats
 
 from analysis import accuracy_interval
+from experiments.accuracy import overlapping_interval
 from experiments.compare import Comparison
-from experiments.table import build_table, overlapping_interval
+from experiments.table import build_table
 from tests.experiments.made_up import Made, row_of
 
 
