@@ -28,6 +28,7 @@ FIGURES = {
 }
 CURVES = "equal-sharpness-{}.svg"
 _FEW = 6
+_NEAR = 10
 _BLOCK = re.compile(r"(<!-- study: (\w+)/(\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _WORDS = {True: "held", False: "**not held**", None: "not decided"}
 
@@ -58,8 +59,9 @@ def table(records: Path) -> str:
         for arm in arms.itertuples()
     ]
     tried = trials.groupby("arm").size()
+    below = trials.groupby("arm").val_accuracy.transform("max") - trials.val_accuracy
+    near = (below.round(9) <= _NEAR / 100).groupby(trials.arm).sum()
     n, tries = int(arms.n.iloc[0]), int(trials.n.iloc[0])
-    numbers = f"{tried.min()}" if tried.min() == tried.max() else f"{tried.min()} to {tried.max()}"
     controls = (arms.role == "control").sum()
     families = f"{(arms.role == 'main').sum() - 1} main arms" + (
         f" and, apart, {controls} controls" if controls else ""
@@ -67,10 +69,15 @@ def table(records: Path) -> str:
     return (
         f"{markdown(rows)}\n\nn = {n} seeds; 95 % intervals over seeds and test images; gain over none, paired; p by "
         f"sign flips, Holm's correction over {families}; normalization: share of the mask that is of normalization "
-        f"layers; rho chosen per arm that has one from {numbers} radii by the mean validation accuracy of {tries} "
-        "other seeds; ascent: L(w + eps) - L(w), mean over all steps, nats; cost: operations of a step over those of "
-        "none, counted, without building masks."
+        f"layers; rho chosen per arm that has one from {_range(tried)} radii by the mean validation accuracy of "
+        f"{tries} other seeds, {_range(near)} of them within {_NEAR} points of the best; ascent: L(w + eps) - L(w), "
+        "mean over all steps, nats; cost: operations of a step over those of none, counted, without building masks."
     )
+
+
+def _range(numbers: pd.Series[int]) -> str:
+    low, high = numbers.min(), numbers.max()
+    return f"{low}" if low == high else f"{low} to {high}"
 
 
 def flatness(verdicts: list[dict[str, Any]]) -> str:
@@ -88,6 +95,7 @@ def flatness(verdicts: list[dict[str, Any]]) -> str:
                 "at equal sharpness, points": "-" if iso is None else estimate(iso["direct"]),
                 "verdict": one["word"],
             }
+            | _with_every_radius(one)
         )
     first = verdicts[0]
     by_metric = [
@@ -109,6 +117,17 @@ def flatness(verdicts: list[dict[str, Any]]) -> str:
         "not: mediation within seeds; at equal sharpness: analysis of covariance over the radii of both arms."
         + "".join(f" {note.replace('LEFT OUT', 'Left out')}." for note in first["left_out"])
     )
+
+
+def _with_every_radius(one: dict[str, Any]) -> dict[str, str]:
+    """The same with collapsed radii, where the verdict has left some out."""
+    if "every_radius" not in one:
+        return {}
+    every = one["every_radius"]
+    return {
+        "at equal sharpness, with collapsed radii": "-" if every["iso"] is None else estimate(every["iso"]["direct"]),
+        "verdict with them": every["word"],
+    }
 
 
 def association(records: Path) -> str:
@@ -136,8 +155,19 @@ def _interval(value: float, low: float, high: float, sign: str = "") -> str:
 
 
 def claims(records: Path) -> str:
-    """The outcome of every claim, in the order of the claims."""
-    return markdown([_claim(one) for one in json.loads((records / "claims.json").read_text(encoding="utf-8"))])
+    """The outcome of every claim at a glance, then each with its numbers, in the order of the claims."""
+    settled = json.loads((records / "claims.json").read_text(encoding="utf-8"))
+    return f"{_glance(settled)}\n\n{markdown([_claim(one) for one in settled])}"
+
+
+def _glance(settled: list[dict[str, Any]]) -> str:
+    """A line per claim, a column per comparison and method; ``-`` where the comparison cannot decide it."""
+    columns = dict.fromkeys(f"{one['comparison']}, {one['method']}" for one in settled)
+    lines: dict[str, dict[str, str]] = {}
+    for one in settled:
+        line = lines.setdefault(one["says"], {"claim": f"{one['says']} ({one['by']})"} | dict.fromkeys(columns, "-"))
+        line[f"{one['comparison']}, {one['method']}"] = _WORDS[one["held"]]
+    return markdown(list(lines.values()))
 
 
 def _claim(one: dict[str, Any]) -> dict[str, str]:

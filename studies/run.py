@@ -33,6 +33,8 @@ from studies.claims import contrasts, settle
 HERE = Path(__file__).resolve().parent
 KEPT = ("study.json", "table.csv", "trials.csv")
 FIGURES = ("accuracy.svg", "rho.svg", "sharpness-3.svg", "equal-sharpness-*.svg")
+EVERY_RADIUS = 100
+"""``--collapsed`` of a verdict that leaves no collapsed radius out: more points of accuracy are not to be lost."""
 LONG = ("test_correct", "test_index", "folder", "reason")
 """Columns of a run's line that are not committed: a digit per test image, paths."""
 
@@ -61,17 +63,31 @@ def shrunk(config: dict[str, Any], scale: float) -> list[str]:
 
 
 def judged(folder: Path, claims: dict[str, Any], arms: Sequence[str]) -> list[dict[str, Any]]:
-    """The verdicts that the claims need, each with its ``family``, whose intervals hold together, and what was
-    ``left_out``. None where the arms allow none, or there are too few runs."""
+    """The verdicts that the claims need, each with its ``family``, whose intervals hold together, and which radii were
+    ``left_out``; of a sweep with collapsed radii also ``every_radius``, the verdict at equal sharpness with them. None
+    where the arms allow none, or there are too few runs."""
     out: list[dict[str, Any]] = []
     for family in dict.fromkeys(claim.get("family", "") for claim in claims["claims"]):
         pairs = contrasts([claim for claim in claims["claims"] if claim.get("family", "") == family], arms)
         if pairs:
             options = [f"--contrasts={','.join(pairs)}", f"--margin={claims['margin']}", "--json"]
             found = json.loads(run(["verdict", str(folder), *options]))
-            left_out = [note for note in found["notes"] if note.startswith("LEFT OUT")]
-            out += [{"family": family, "left_out": left_out, **one} for one in found["verdicts"]]
+            told: dict[str, Any] = {"family": family, "left_out": left_out(found)}
+            made = [told | one for one in found["verdicts"]]
+            if any("collapsed" in note for note in told["left_out"]):
+                every = json.loads(run(["verdict", str(folder), *options, f"--collapsed={EVERY_RADIUS}"]))
+                extra = {"left_out": left_out(every)}
+                made = [
+                    one | {"every_radius": extra | {"word": other["word"], "iso": other["iso"]["sweep"]}}
+                    for one, other in zip(made, every["verdicts"], strict=True)
+                ]
+            out += made
     return out
+
+
+def left_out(found: dict[str, Any]) -> list[str]:
+    """The notes on radii that a verdict left out."""
+    return [note for note in found["notes"] if note.startswith("LEFT OUT")]
 
 
 def report(folder: Path, verdicts: list[dict[str, Any]]) -> None:

@@ -191,7 +191,8 @@ def test_a_table_from_records(tmp_path: Path) -> None:
     bare = {"rho_at_edge": False, "gain": math.nan, "gain_p_holm": math.nan, "norm_share": math.nan}
     none = {**arm, "arm": "none", "kept": 0, **bare}
     pd.DataFrame([none, arm]).to_csv(tmp_path / "table.csv", index=False)
-    pd.DataFrame({"arm": ["norm"] * 7, "n": [2] * 7}).to_csv(tmp_path / "trials.csv", index=False)
+    trials = {"arm": ["norm"] * 7, "n": [2] * 7, "val_accuracy": [0.9, 0.8, 0.801, 0.799, 0.1, 0.88, math.nan]}
+    pd.DataFrame(trials).to_csv(tmp_path / "trials.csv", index=False)
     text = page.table(tmp_path)
     assert (
         "| norm | 1,288 | 50 % | 0.5 (edge) | 91.23 [90.00, 92.00] | +1.23 [-0.10, +2.00] | 0.040 | 0.250 | 12.3 | "
@@ -199,7 +200,9 @@ def test_a_table_from_records(tmp_path: Path) -> None:
     ) in text
     assert "| none | - | - | - | 91.23 [90.00, 92.00] | - | - | - | 12.3 | 1.75 |" in text
     assert "n = 12 seeds" in text
-    assert "from 7 radii by the mean validation accuracy of 2 other seeds" in text
+    assert (
+        "from 7 radii by the mean validation accuracy of 2 other seeds, 4 of them within 10 points of the best;" in text
+    )
 
 
 def test_a_table_of_claims(tmp_path: Path) -> None:
@@ -215,6 +218,19 @@ def test_a_table_of_claims(tmp_path: Path) -> None:
         "98.75 % interval |"
     ) in text
     assert "| a is b (us) | c, sam | not decided | not identified; n = 12 |" in text
+
+
+def test_claims_at_a_glance(tmp_path: Path) -> None:
+    which = (("a", "c", "sam", True), ("a", "d", "asam", None), ("b", "d", "asam", False))
+    made = [
+        {"says": says, "by": "us", "comparison": of, "method": how, "held": held, "word": "w", "n": 12}
+        for says, of, how, held in which
+    ]
+    (tmp_path / "claims.json").write_text(json.dumps(made))
+    assert page.claims(tmp_path).startswith(
+        "| claim | c, sam | d, asam |\n| --- | --- | --- |\n"
+        "| a (us) | held | not decided |\n| b (us) | - | **not held** |\n\n"
+    )
 
 
 def test_estimates_show_the_sign_that_decides() -> None:
@@ -240,6 +256,48 @@ def test_a_table_of_verdicts_of_a_sweep() -> None:
     ) in text
     assert "n = 12 seeds; intervals at 98.75 %" in text
     assert text.endswith(" Left out: a at rho 4: collapsed.")
+    assert "with collapsed radii" not in text
+    every = {"word": "partly", "iso": {"direct": {"value": -9.0, "low": -12.0, "high": -6.0}}}
+    text = page.flatness([made | {"every_radius": every}])
+    assert "at equal sharpness, with collapsed radii | verdict with them |" in text
+    assert "| +0.40 [-0.10, +0.90] | not identified | -9.00 [-12.00, -6.00] | partly |" in text
+
+
+def test_the_verdict_with_collapsed_radii_stands_beside_the_one_without(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The other verdicts are asked for only where a radius collapsed, and are matched to the contrasts."""
+    asked: list[str] = []
+
+    def sam_masks(arguments: list[str]) -> str:
+        every = "--collapsed=100" in arguments
+        asked.append(arguments[2])
+        notes = [] if every else ["LEFT OUT: norm at rho 4: collapsed: why", "other"]
+        if "none_2x" in arguments[2]:
+            notes = ["LEFT OUT: norm at rho 9: diverged"]
+        pairs = arguments[2].removeprefix("--contrasts=").split(",")
+        made = [{"arm": pair, "word": "b" if every else "a", "iso": {"sweep": f"{pair} {every}"}} for pair in pairs]
+        return json.dumps({"verdicts": made, "notes": notes})
+
+    monkeypatch.setattr(run, "run", sam_masks)
+    claims = {
+        "margin": 0.3,
+        "claims": [
+            {"arm": "norm", "reference": "none"},
+            {"arm": "norm", "reference": "all"},
+            {"arm": "norm", "reference": "none_2x", "family": "ascent"},
+        ],
+    }
+    first, second, third = run.judged(tmp_path, claims, ["none", "none_2x", "sam/norm", "sam/all"])
+    left_out = ["LEFT OUT: norm at rho 4: collapsed: why"]
+    assert first == {
+        "family": "", "left_out": left_out, "arm": "sam/norm-none", "word": "a",
+        "iso": {"sweep": "sam/norm-none False"},
+        "every_radius": {"left_out": [], "word": "b", "iso": "sam/norm-none True"},
+    }  # fmt: skip
+    assert second["every_radius"]["iso"] == "sam/norm-sam/all True"
+    assert (third["family"], "every_radius" in third) == ("ascent", False)
+    assert len(asked) == 3
 
 
 def test_the_rank_correlation_is_over_arms_of_one_length_at_their_chosen_radii(tmp_path: Path) -> None:
