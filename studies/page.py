@@ -185,7 +185,9 @@ def _claim(one: dict[str, Any]) -> dict[str, str]:
 def block(study: str, name: str) -> str:
     records = HERE / study / "records"
     if name == "claims":
-        return claims(records)
+        return (
+            claims(records) if (records / "claims.json").exists() else f"Not run yet: `python -m studies.run {study}`."
+        )
     if not (records / name).exists():
         return f"Not run yet: `python -m studies.run {study} --only {name}`."
     found = json.loads((records / name / "verdict.json").read_text(encoding="utf-8"))

@@ -241,6 +241,7 @@ def test_estimates_show_the_sign_that_decides() -> None:
 
 def test_what_was_not_run_is_said_with_its_command() -> None:
     assert page.block("digits", "nothing") == "Not run yet: `python -m studies.run digits --only nothing`."
+    assert page.block("nothing", "claims") == "Not run yet: `python -m studies.run nothing`."
 
 
 def test_a_table_of_verdicts_of_a_sweep() -> None:
