@@ -200,6 +200,17 @@ def test_sign_flip_is_the_brute_force(seed):
     assert sign_flip_p([float(x) for x in d]) == pytest.approx(float(brute_force(d)), abs=1e-12)
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_sign_flips_of_accuracies_count_ties(seed):
+    """Accuracies of 600 images, in points: two sums that are equal are not so in floats, least of all near 0."""
+    rng = np.random.default_rng(seed)
+    right = rng.integers(-12, 13, size=10)
+    right[-1] -= right.sum() - rng.integers(-2, 3)  # a sum near 0, where rounding is large beside it
+    points = 100 * (0.9 + right / 600) - 90
+    assert sign_flip_p(points) == pytest.approx(float(brute_force([Fraction(int(x)) for x in right])), abs=1e-12)
+    assert sign_flip_p(points / 100) == sign_flip_p(1e6 * points) == sign_flip_p(points)
+
+
 def test_sign_flip_edges():
     assert sign_flip_p([0.3]) == 1.0
     assert sign_flip_p([0.0] * 6) == 1.0
