@@ -47,7 +47,7 @@ def table(records: Path) -> str:
         {
             "arm": arm.arm,
             "kept": f"{arm.kept:,}" if arm.kept else "-",
-            "normalization": "-" if pd.isna(arm.norm_share) else f"{100 * arm.norm_share:.0f} %",
+            "normalization": "-" if pd.isna(arm.norm_share) else f"{_percent(arm.norm_share)} %",
             "rho": f"{arm.rho:.3g}{' (edge)' if arm.rho_at_edge else ''}" if arm.kept else "-",
             "test accuracy, %": _interval(arm.test_accuracy, arm.test_accuracy_low, arm.test_accuracy_high),
             "gain, points": "-" if pd.isna(arm.gain) else _interval(arm.gain, arm.gain_low, arm.gain_high, "+"),
@@ -63,16 +63,21 @@ def table(records: Path) -> str:
     near = (below.round(9) <= _NEAR / 100).groupby(trials.arm).sum()
     n, tries = int(arms.n.iloc[0]), int(trials.n.iloc[0])
     controls = (arms.role == "control").sum()
-    families = f"{(arms.role == 'main').sum() - 1} main arms" + (
-        f" and, apart, {controls} controls" if controls else ""
-    )
+    families = f"{(arms.role == 'main').sum() - 1} main arms"
+    families += f" and, apart, {controls} controls: equal gains may have other p" if controls else ""
     return (
         f"{markdown(rows)}\n\nn = {n} seeds; 95 % intervals over seeds and test images; gain over none, paired; p by "
         f"sign flips, Holm's correction over {families}; normalization: share of the mask that is of normalization "
         f"layers; rho chosen per arm that has one from {_range(tried)} radii by the mean validation accuracy of "
-        f"{tries} other seeds, {_range(near)} of them within {_NEAR} points of the best; ascent: L(w + eps) - L(w), "
+        f"{tries} other seeds, of equals the smallest; {_range(near)} of an arm's radii came within {_NEAR} points of "
+        "its best; ascent: L(w + eps) - L(w), "
         "mean over all steps, nats; cost: operations of a step over those of none, counted, without building masks."
     )
+
+
+def _percent(share: float) -> str:
+    """Whole, and below 1 % to one digit: a few coordinates are not none."""
+    return f"{100 * share:.0f}" if not 0 < share < 0.01 else f"{100 * share:.1g}"
 
 
 def _range(numbers: pd.Series[int]) -> str:
@@ -114,7 +119,8 @@ def flatness(verdicts: list[dict[str, Any]]) -> str:
     return (
         f"{markdown(rows)}\n\n{markdown(metrics)}\n\nThe first table by {first['metric']}; n = {first['seeds']} seeds; "
         f"intervals at {100 * first['confidence']:.4g} % (95 % over the contrasts together); through sharpness and "
-        "not: mediation within seeds; at equal sharpness: analysis of covariance over the radii of both arms."
+        "not: mediation within seeds; at equal sharpness: analysis of covariance over the radii of both arms, - where "
+        "their ranges do not overlap."
         + "".join(f" {note.replace('LEFT OUT', 'Left out')}." for note in first["left_out"])
     )
 
@@ -126,7 +132,7 @@ def _with_every_radius(one: dict[str, Any]) -> dict[str, str]:
     every = one["every_radius"]
     return {
         "at equal sharpness, with collapsed radii": "-" if every["iso"] is None else estimate(every["iso"]["direct"]),
-        "verdict with them": every["word"],
+        "verdict with collapsed radii": every["word"],
     }
 
 
@@ -157,7 +163,10 @@ def _interval(value: float, low: float, high: float, sign: str = "") -> str:
 def claims(records: Path) -> str:
     """The outcome of every claim at a glance, then each with its numbers, in the order of the claims."""
     settled = json.loads((records / "claims.json").read_text(encoding="utf-8"))
-    return f"{_glance(settled)}\n\n{markdown([_claim(one) for one in settled])}"
+    return (
+        f"{_glance(settled)}\n\n-: no contrast of that comparison decides the claim. The numbers of each outcome:\n\n"
+        f"{markdown([_claim(one) for one in settled])}"
+    )
 
 
 def _glance(settled: list[dict[str, Any]]) -> str:

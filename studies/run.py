@@ -35,6 +35,8 @@ KEPT = ("study.json", "table.csv", "trials.csv")
 FIGURES = ("accuracy.svg", "rho.svg", "sharpness-3.svg", "equal-sharpness-*.svg")
 EVERY_RADIUS = 100
 """``--collapsed`` of a verdict that leaves no collapsed radius out: more points of accuracy are not to be lost."""
+OF_LAST_EPOCH = ("loss", "ascent", "radius")
+"""Columns of a run's line whose means over training stand in the table: named for what they are."""
 LONG = ("test_correct", "test_index", "folder", "reason")
 """Columns of a run's line that are not committed: a digit per test image, paths."""
 
@@ -104,6 +106,7 @@ def keep(folder: Path, records: Path, verdicts: list[dict[str, Any]]) -> None:
     for figure in (found for name in FIGURES for found in (folder / "figures").glob(name)):
         shutil.copyfile(figure, records / figure.name)
     runs = load_results(folder).drop(columns=list(LONG), errors="ignore")
+    runs = runs.rename(columns={name: f"{name}_last_epoch" for name in OF_LAST_EPOCH})
     varies = runs.nunique(dropna=False) > 1
     runs.loc[:, varies].to_csv(records / "runs.csv", index=False)
     same = json.loads(runs.loc[:, ~varies].iloc[:1].to_json(orient="records", double_precision=15))[0]

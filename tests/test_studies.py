@@ -200,9 +200,17 @@ def test_a_table_from_records(tmp_path: Path) -> None:
     ) in text
     assert "| none | - | - | - | 91.23 [90.00, 92.00] | - | - | - | 12.3 | 1.75 |" in text
     assert "n = 12 seeds" in text
-    assert (
-        "from 7 radii by the mean validation accuracy of 2 other seeds, 4 of them within 10 points of the best;" in text
-    )
+    assert "from 7 radii by the mean validation accuracy of 2 other seeds, of equals the smallest; 4 of an" in text
+    assert "an arm's radii came within 10 points of its best; ascent:" in text
+    assert "over 1 main arms; normalization" in text
+
+
+@pytest.mark.parametrize(
+    ("share", "shown"),
+    [(1.0, "100"), (0.5, "50"), (0.0146, "1"), (0.01, "1"), (0.0099, "1"), (0.0038, "0.4"), (0.0, "0")],
+)
+def test_a_share_of_few_coordinates_is_not_shown_as_none(share: float, shown: str) -> None:
+    assert page._percent(share) == shown
 
 
 def test_a_table_of_claims(tmp_path: Path) -> None:
@@ -229,7 +237,7 @@ def test_claims_at_a_glance(tmp_path: Path) -> None:
     (tmp_path / "claims.json").write_text(json.dumps(made))
     assert page.claims(tmp_path).startswith(
         "| claim | c, sam | d, asam |\n| --- | --- | --- |\n"
-        "| a (us) | held | not decided |\n| b (us) | - | **not held** |\n\n"
+        "| a (us) | held | not decided |\n| b (us) | - | **not held** |\n\n-: "
     )
 
 
@@ -260,7 +268,7 @@ def test_a_table_of_verdicts_of_a_sweep() -> None:
     assert "with collapsed radii" not in text
     every = {"word": "partly", "iso": {"direct": {"value": -9.0, "low": -12.0, "high": -6.0}}}
     text = page.flatness([made | {"every_radius": every}])
-    assert "at equal sharpness, with collapsed radii | verdict with them |" in text
+    assert "at equal sharpness, with collapsed radii | verdict with collapsed radii |" in text
     assert "| +0.40 [-0.10, +0.90] | not identified | -9.00 [-12.00, -6.00] | partly |" in text
 
 
