@@ -43,6 +43,7 @@ def table(records: Path) -> str:
     """The arms of a comparison: what they kept, the radius chosen, accuracy and gain with their intervals."""
     arms = pd.read_csv(records / "table.csv", keep_default_na=False, na_values=[""])
     trials = pd.read_csv(records / "trials.csv")
+    train_error = reported(records).groupby("arm").train_error.mean()
     rows = [
         {
             "arm": arm.arm,
@@ -52,6 +53,7 @@ def table(records: Path) -> str:
             "test accuracy, %": _interval(arm.test_accuracy, arm.test_accuracy_low, arm.test_accuracy_high),
             "gain, points": "-" if pd.isna(arm.gain) else _interval(arm.gain, arm.gain_low, arm.gain_high, "+"),
             "p (Holm)": "-" if pd.isna(arm.gain_p_holm) else f"{arm.gain_p_holm:.3f}",
+            "training error, %": f"{100 * train_error[arm.arm]:.1f}",
             "ascent": f"{arm.ascent:.3f}" if arm.kept else "-",
             "lambda_max": f"{arm.lambda_max:.3g}",
             "cost": "-" if pd.isna(arm.predicted_cost) else f"{arm.predicted_cost:.2f}",
@@ -70,9 +72,16 @@ def table(records: Path) -> str:
         f"sign flips, Holm's correction over {families}; normalization: share of the mask that is of normalization "
         f"layers; rho chosen per arm that has one from {_range(tried)} radii by the mean validation accuracy of "
         f"{tries} other seeds, of equals the smallest; {_range(near)} of an arm's radii came within {_NEAR} points of "
-        "its best; ascent: L(w + eps) - L(w), "
+        "its best; training error: on the labels trained on; ascent: L(w + eps) - L(w), "
         "mean over all steps, nats; cost: operations of a step over those of none, counted, without building masks."
     )
+
+
+def reported(records: Path) -> pd.DataFrame:
+    """The runs that a comparison's table is of: on the report's seeds, at the radii chosen."""
+    chosen = pd.read_csv(records / "table.csv", keep_default_na=False, na_values=[""]).set_index("arm").rho.fillna(0.0)
+    runs = pd.read_csv(records / "runs.csv", keep_default_na=False, na_values=[""], low_memory=False)
+    return runs[runs.test_accuracy.notna() & (runs.rho == runs.arm.map(chosen))]
 
 
 def _percent(share: float) -> str:
@@ -144,9 +153,8 @@ def association(records: Path) -> str:
     same = {arm["name"] for arm in study["config"]["arms"] if arm["epochs_factor"] == 1}
     if len(same) < _FEW:
         return ""
-    chosen = pd.read_csv(records / "table.csv", keep_default_na=False, na_values=[""]).set_index("arm").rho.fillna(0.0)
-    runs = pd.read_csv(records / "runs.csv", keep_default_na=False, na_values=[""], low_memory=False)
-    runs = runs[runs.test_accuracy.notna() & runs.arm.isin(same) & (runs.rho == runs.arm.map(chosen))]
+    runs = reported(records)
+    runs = runs[runs.arm.isin(same)]
     means = runs.groupby("arm")[["test_accuracy", metric, "train_error"]].mean()
     sharpness, fit = means.corr("spearman").iloc[0, 1:]
     return (

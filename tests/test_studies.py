@@ -188,20 +188,24 @@ def test_a_table_from_records(tmp_path: Path) -> None:
         "test_accuracy_high": 0.92, "gain": 0.0123, "gain_low": -0.001, "gain_high": 0.02, "gain_p_holm": 0.04,
         "ascent": 0.25, "lambda_max": 12.3, "predicted_cost": 1.75, "n": 12, "role": "main", "norm_share": 0.5,
     }  # fmt: skip
-    bare = {"rho_at_edge": False, "gain": math.nan, "gain_p_holm": math.nan, "norm_share": math.nan}
+    bare = {"rho": math.nan, "rho_at_edge": False, "gain": math.nan, "gain_p_holm": math.nan, "norm_share": math.nan}
     none = {**arm, "arm": "none", "kept": 0, **bare}
     pd.DataFrame([none, arm]).to_csv(tmp_path / "table.csv", index=False)
     trials = {"arm": ["norm"] * 7, "n": [2] * 7, "val_accuracy": [0.9, 0.8, 0.801, 0.799, 0.1, 0.88, math.nan]}
     pd.DataFrame(trials).to_csv(tmp_path / "trials.csv", index=False)
+    runs = [("none", 0.0, 0.9, 0.1), ("none", 0.0, 0.9, 0.2), ("norm", 0.5, 0.9, 0.25), ("norm", 0.1, 0.9, 0.75),
+            ("norm", 0.5, math.nan, 0.75)]  # fmt: skip
+    columns = ["arm", "rho", "test_accuracy", "train_error"]
+    pd.DataFrame(runs, columns=columns).to_csv(tmp_path / "runs.csv", index=False)
     text = page.table(tmp_path)
     assert (
-        "| norm | 1,288 | 50 % | 0.5 (edge) | 91.23 [90.00, 92.00] | +1.23 [-0.10, +2.00] | 0.040 | 0.250 | 12.3 | "
-        "1.75 |"
+        "| norm | 1,288 | 50 % | 0.5 (edge) | 91.23 [90.00, 92.00] | +1.23 [-0.10, +2.00] | 0.040 | 25.0 | 0.250 | "
+        "12.3 | 1.75 |"
     ) in text
-    assert "| none | - | - | - | 91.23 [90.00, 92.00] | - | - | - | 12.3 | 1.75 |" in text
+    assert "| none | - | - | - | 91.23 [90.00, 92.00] | - | - | 15.0 | - | 12.3 | 1.75 |" in text
     assert "n = 12 seeds" in text
     assert "from 7 radii by the mean validation accuracy of 2 other seeds, of equals the smallest; 4 of an" in text
-    assert "an arm's radii came within 10 points of its best; ascent:" in text
+    assert "an arm's radii came within 10 points of its best; training error:" in text
     assert "over 1 main arms; normalization" in text
 
 
