@@ -125,11 +125,14 @@ def sign_flip_p(differences: ArrayLike, *, seed: int = 0) -> float:
     d = _finite(differences, "differences")
     if len(d) == 1:
         return 1.0
-    largest = float(np.abs(d).max()) or 1.0
+    size, slack = abs(float(d.mean())), 1e-12 * float(np.abs(d).max())
+    if size <= slack:
+        return 1.0
 
     def mean(x: Floats, axis: int) -> Floats:
-        means: Floats = (x / largest).mean(axis).round(12)  # sums that are equal are not so in floats
-        return means
+        means = x.mean(axis)  # sums that are equal are not so in floats
+        ties: Floats = np.where(np.abs(np.abs(means) - size) <= slack, np.copysign(size, means), means)
+        return ties
 
     result = stats.permutation_test(
         (d,),

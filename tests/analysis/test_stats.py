@@ -211,6 +211,13 @@ def test_sign_flips_of_accuracies_count_ties(seed):
     assert sign_flip_p(points / 100) == sign_flip_p(1e6 * points) == sign_flip_p(points)
 
 
+def test_sign_flips_count_ties_that_lie_where_rounding_turns():
+    """Means that are multiples of 2^-13 of the largest difference end in a 5 at the 13th digit."""
+    counts = [1024, -999, 18, -29, 14, 32, -14, -5]
+    points = 100 * (0.9 + np.array(counts) / 10_000) - 90
+    assert sign_flip_p(points) == pytest.approx(float(brute_force([Fraction(x) for x in counts])), abs=1e-12)
+
+
 def test_sign_flip_edges():
     assert sign_flip_p([0.3]) == 1.0
     assert sign_flip_p([0.0] * 6) == 1.0
