@@ -12,8 +12,9 @@ from scipy.special import expit, logit
 
 from analysis import Interval, accuracy_interval
 from experiments.record import RunRecord
+from experiments.significance import ALPHA
 
-CONFIDENCE = 0.95
+CONFIDENCE = 1 - ALPHA
 
 
 def accuracy_of(records: Sequence[RunRecord]) -> Interval:

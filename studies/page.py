@@ -65,16 +65,21 @@ def table(records: Path) -> str:
     near = (below.round(9) <= _NEAR / 100).groupby(trials.arm).sum()
     n, tries = int(arms.n.iloc[0]), int(trials.n.iloc[0])
     controls = (arms.role == "control").sum()
-    families = f"{(arms.role == 'main').sum() - 1} main arms"
-    families += f" and, apart, {controls} controls: equal gains may have other p" if controls else ""
+    families = _count((arms.role == "main").sum() - 1, "main arm")
+    families += f" and, apart, {_count(controls, 'control')}: equal gains may have other p" if controls else ""
     return (
-        f"{markdown(rows)}\n\nn = {n} seeds; 95 % intervals over seeds and test images; gain over none, paired; p by "
-        f"sign flips, Holm's correction over {families}; normalization: share of the mask that is of normalization "
-        f"layers; rho chosen per arm that has one from {_range(tried)} radii by the mean validation accuracy of "
-        f"{tries} other seeds, of equals the smallest; {_range(near)} of an arm's radii came within {_NEAR} points of "
-        "its best; training error: on the labels trained on; ascent: L(w + eps) - L(w), "
-        "mean over all steps, nats; cost: operations of a step over those of none, counted, without building masks."
+        f"{markdown(rows)}\n\nn = {n} seeds; 95 % intervals, of accuracy over seeds and test images, of gain (over "
+        f"none, paired) over seeds given the images; p by sign flips, Holm's correction over {families}; "
+        "normalization: share of the mask that is of normalization layers; rho chosen per arm that has one from "
+        f"{_range(tried)} radii by the mean validation accuracy of {tries} other seeds, of equals the smallest; "
+        f"{_range(near)} of an arm's radii came within {_NEAR} points of its best; training error: on the labels "
+        "trained on; ascent: L(w + eps) - L(w), mean over all steps, nats; cost: operations of a step over those of "
+        "none, counted, without building masks."
     )
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def reported(records: Path) -> pd.DataFrame:
@@ -171,10 +176,9 @@ def _interval(value: float, low: float, high: float, sign: str = "") -> str:
 def claims(records: Path) -> str:
     """The outcome of every claim at a glance, then each with its numbers, in the order of the claims."""
     settled = json.loads((records / "claims.json").read_text(encoding="utf-8"))
-    return (
-        f"{_glance(settled)}\n\n-: no contrast of that comparison decides the claim. The numbers of each outcome:\n\n"
-        f"{markdown([_claim(one) for one in settled])}"
-    )
+    glance = _glance(settled)
+    legend = "-: no contrast of that comparison decides the claim. " if " - |" in glance else ""
+    return f"{glance}\n\n{legend}The numbers of each outcome:\n\n{markdown([_claim(one) for one in settled])}"
 
 
 def _glance(settled: list[dict[str, Any]]) -> str:

@@ -78,13 +78,18 @@ def judged(folder: Path, claims: dict[str, Any], arms: Sequence[str]) -> list[di
             made = [told | one for one in found["verdicts"]]
             if any("collapsed" in note for note in told["left_out"]):
                 every = json.loads(run(["verdict", str(folder), *options, f"--collapsed={EVERY_RADIUS}"]))
-                extra = {"left_out": left_out(every)}
-                made = [
-                    one | {"every_radius": extra | {"word": other["word"], "iso": other["iso"]["sweep"]}}
-                    for one, other in zip(made, every["verdicts"], strict=True)
-                ]
+                others = {_pair(one): one for one in every["verdicts"]}
+                for one in made:
+                    other = others[_pair(one)]
+                    one["every_radius"] = {
+                        "left_out": left_out(every), "word": other["word"], "iso": other["iso"]["sweep"],
+                    }  # fmt: skip
             out += made
     return out
+
+
+def _pair(verdict: dict[str, Any]) -> tuple[str, str]:
+    return verdict["arm"], verdict["reference"]
 
 
 def left_out(found: dict[str, Any]) -> list[str]:

@@ -206,7 +206,7 @@ def test_a_table_from_records(tmp_path: Path) -> None:
     assert "n = 12 seeds" in text
     assert "from 7 radii by the mean validation accuracy of 2 other seeds, of equals the smallest; 4 of an" in text
     assert "an arm's radii came within 10 points of its best; training error:" in text
-    assert "over 1 main arms; normalization" in text
+    assert "over 1 main arm; normalization" in text
 
 
 @pytest.mark.parametrize(
@@ -243,6 +243,8 @@ def test_claims_at_a_glance(tmp_path: Path) -> None:
         "| claim | c, sam | d, asam |\n| --- | --- | --- |\n"
         "| a (us) | held | not decided |\n| b (us) | - | **not held** |\n\n-: "
     )
+    (tmp_path / "claims.json").write_text(json.dumps(made[1:]))
+    assert "-: " not in page.claims(tmp_path)
 
 
 def test_estimates_show_the_sign_that_decides() -> None:
@@ -289,8 +291,11 @@ def test_the_verdict_with_collapsed_radii_stands_beside_the_one_without(
         if "none_2x" in arguments[2]:
             notes = ["LEFT OUT: norm at rho 9: diverged"]
         pairs = arguments[2].removeprefix("--contrasts=").split(",")
-        made = [{"arm": pair, "word": "b" if every else "a", "iso": {"sweep": f"{pair} {every}"}} for pair in pairs]
-        return json.dumps({"verdicts": made, "notes": notes})
+        made = [
+            {"arm": pair, "reference": "r", "word": "b" if every else "a", "iso": {"sweep": f"{pair} {every}"}}
+            for pair in pairs
+        ]
+        return json.dumps({"verdicts": made[::-1] if every else made, "notes": notes})
 
     monkeypatch.setattr(run, "run", sam_masks)
     claims = {
@@ -304,7 +309,7 @@ def test_the_verdict_with_collapsed_radii_stands_beside_the_one_without(
     first, second, third = run.judged(tmp_path, claims, ["none", "none_2x", "sam/norm", "sam/all"])
     left_out = ["LEFT OUT: norm at rho 4: collapsed: why"]
     assert first == {
-        "family": "", "left_out": left_out, "arm": "sam/norm-none", "word": "a",
+        "family": "", "left_out": left_out, "arm": "sam/norm-none", "reference": "r", "word": "a",
         "iso": {"sweep": "sam/norm-none False"},
         "every_radius": {"left_out": [], "word": "b", "iso": "sam/norm-none True"},
     }  # fmt: skip
