@@ -112,6 +112,8 @@ def keep(folder: Path, records: Path, verdicts: list[dict[str, Any]]) -> None:
         shutil.copyfile(figure, records / figure.name)
     runs = load_results(folder).drop(columns=list(LONG), errors="ignore")
     runs = runs.rename(columns={name: f"{name}_last_epoch" for name in OF_LAST_EPOCH})
+    if "taken_from" in runs:  # paths of this machine are of no use to others
+        runs["taken_from"] = [None if pd.isna(place) else Path(place).name for place in runs.taken_from]
     varies = runs.nunique(dropna=False) > 1
     runs.loc[:, varies].to_csv(records / "runs.csv", index=False)
     same = json.loads(runs.loc[:, ~varies].iloc[:1].to_json(orient="records", double_precision=15))[0]

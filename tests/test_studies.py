@@ -253,6 +253,23 @@ def test_estimates_show_the_sign_that_decides() -> None:
     assert estimate({"value": 3.0, "low": None, "high": None}) == "unbounded"
 
 
+def test_what_is_kept_of_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """No paths of the machine, no outputs per image, numbers of the last epoch named so; what never varies apart."""
+    for name in run.KEPT:
+        (tmp_path / name).write_text("")
+    lines = {
+        "arm": ["a", "b"], "ascent": [0.1, 0.2], "taken_from": [None, str(tmp_path / "other" / "vit_count")],
+        "folder": ["x", "y"], "torch": ["2.14", "2.14"],
+    }  # fmt: skip
+    monkeypatch.setattr(run, "load_results", lambda folder: pd.DataFrame(lines))
+    run.keep(tmp_path, tmp_path / "records", [{"arm": "a", "associations": 1}])
+    assert (tmp_path / "records" / "runs.csv").read_text() == (
+        "arm,ascent_last_epoch,taken_from\na,0.1,\nb,0.2,vit_count\n"
+    )
+    assert json.loads((tmp_path / "records" / "every_run.json").read_text()) == {"torch": "2.14"}
+    assert json.loads((tmp_path / "records" / "verdict.json").read_text()) == [{"arm": "a"}]
+
+
 def test_what_was_not_run_is_said_with_its_command() -> None:
     assert page.block("digits", "nothing") == "Not run yet: `python -m studies.run digits --only nothing`."
     assert page.block("nothing", "claims") == "Not run yet: `python -m studies.run nothing`."
