@@ -395,6 +395,25 @@ def test_lines_show_the_numbers_and_never_a_nan():
     assert flat.reliability == ()
 
 
+@pytest.mark.parametrize("steeper", [0.0, 5.0])
+def test_lines_name_curves_that_cross_even_where_there_is_no_gain_to_explain(steeper):
+    """The gain at equal sharpness is not to be read alone where it depends on the sharpness, whatever rule decides."""
+    frame = replace(STRONG, gain=0.0).draw(0)
+    bent = frame.arm == "arm1"
+    logs = np.log(frame.sharpness)
+    chosen = bent & (frame.rho == STRONG.chosen["arm1"])
+    frame.loc[bent, "test_error"] += steeper / 100 * (logs - logs[chosen].mean())[bent]
+    got = verdict(frame, arm="arm1", reference="arm0", primary="sharpness", chosen=STRONG.chosen, resamples=0)
+    lines = "\n".join(got.lines)
+    assert "no gain to explain" in got.reasons[0]
+    assert lines.count("; interaction ") == 2
+    assert f"; interaction {got.iso.sweep.interaction.value:+.2f} [" in lines
+    assert got.iso.sweep.interaction.value == pytest.approx(steeper, abs=1.0)
+    assert ("But the mask's effect at equal sharpness depends on the sharpness (interaction, sweep)." in lines) == bool(
+        steeper
+    )
+
+
 def test_unsettled_shares_and_missing_links_are_said_in_numbers():
     within, iso = evidence(0.5, 0.5, half=0.6)
     wide = replace(within, total=around(1.0), robustness_low=0.0)
