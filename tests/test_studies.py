@@ -17,7 +17,7 @@ from PIL import Image
 
 from experiments.config import Arm, CompareConfig
 from experiments.data import load_data
-from studies import page, run, unpack_jpeg
+from studies import page, run, sharpness, tables, unpack_jpeg
 from studies.claims import contrasts, estimate, outcome, settle
 
 FIELDS = {field.name for field in fields(CompareConfig)}
@@ -191,13 +191,20 @@ def test_a_table_from_records(tmp_path: Path) -> None:
     bare = {"rho": math.nan, "rho_at_edge": False, "gain": math.nan, "gain_p_holm": math.nan, "norm_share": math.nan}
     none = {**arm, "arm": "none", "kept": 0, **bare}
     pd.DataFrame([none, arm]).to_csv(tmp_path / "table.csv", index=False)
-    trials = {"arm": ["norm"] * 7, "n": [2] * 7, "val_accuracy": [0.9, 0.8, 0.801, 0.799, 0.1, 0.88, math.nan]}
+    (tmp_path / "every_run.json").write_text('{"test_is_shared": true}')
+    (tmp_path / "study.json").write_text('{"measure": {"images": 512}}')
+    trials = {
+        "arm": ["norm"] * 7,
+        "n": [2] * 7,
+        "diverged": [0] * 6 + [2],
+        "val_accuracy": [0.9, 0.8, 0.801, 0.799, 0.1, 0.88, math.nan],
+    }
     pd.DataFrame(trials).to_csv(tmp_path / "trials.csv", index=False)
     runs = [("none", 0.0, 0.9, 0.1), ("none", 0.0, 0.9, 0.2), ("norm", 0.5, 0.9, 0.25), ("norm", 0.1, 0.9, 0.75),
             ("norm", 0.5, math.nan, 0.75)]  # fmt: skip
     columns = ["arm", "rho", "test_accuracy", "train_error"]
     pd.DataFrame(runs, columns=columns).to_csv(tmp_path / "runs.csv", index=False)
-    text = page.table(tmp_path)
+    text = tables.table(tmp_path)
     assert (
         "| norm | 1,288 | 50 % | 0.5 (edge) | 91.23 [90.00, 92.00] | +1.23 [-0.10, +2.00] | 0.040 | 25.0 | 0.250 | "
         "12.3 | 1.75 |"
@@ -205,7 +212,9 @@ def test_a_table_from_records(tmp_path: Path) -> None:
     assert "| none | - | - | - | 91.23 [90.00, 92.00] | - | - | 15.0 | - | 12.3 | 1.75 |" in text
     assert "n = 12 seeds" in text
     assert "from 7 radii by the mean validation accuracy of 2 other seeds, of equals the smallest; 4 of an" in text
-    assert "an arm's radii came within 10 points of its best; training error:" in text
+    assert "an arm's radii came within 10 points of its best in it; 2 of the tuning runs diverged; training" in text
+    assert "of gain (over none, paired) Student's t over seeds, given the test images that all share; p by" in text
+    assert "Hessian of the loss on 512 training images" in text
     assert "over 1 main arm; normalization" in text
 
 
@@ -214,7 +223,7 @@ def test_a_table_from_records(tmp_path: Path) -> None:
     [(1.0, "100"), (0.5, "50"), (0.0146, "1"), (0.01, "1"), (0.0099, "1"), (0.0038, "0.4"), (0.0, "0")],
 )
 def test_a_share_of_few_coordinates_is_not_shown_as_none(share: float, shown: str) -> None:
-    assert page._percent(share) == shown
+    assert tables._percent(share) == shown
 
 
 def test_a_table_of_claims(tmp_path: Path) -> None:
@@ -224,7 +233,7 @@ def test_a_table_of_claims(tmp_path: Path) -> None:
         {**claim, "held": None, "word": "not identified"},
     ]
     (tmp_path / "claims.json").write_text(json.dumps(made))
-    text = page.claims(tmp_path)
+    text = tables.claims(tmp_path)
     assert (
         "| a is b (us) | c, sam | **not held** | -0.50 [unbounded, -0.25] points of test accuracy; n = 12; "
         "98.75 % interval |"
@@ -239,12 +248,12 @@ def test_claims_at_a_glance(tmp_path: Path) -> None:
         for says, of, how, held in which
     ]
     (tmp_path / "claims.json").write_text(json.dumps(made))
-    assert page.claims(tmp_path).startswith(
+    assert tables.claims(tmp_path).startswith(
         "| claim | c, sam | d, asam |\n| --- | --- | --- |\n"
         "| a (us) | held | not decided |\n| b (us) | - | **not held** |\n\n-: "
     )
     (tmp_path / "claims.json").write_text(json.dumps(made[1:]))
-    assert "-: " not in page.claims(tmp_path)
+    assert "-: " not in tables.claims(tmp_path)
 
 
 def test_estimates_show_the_sign_that_decides() -> None:
@@ -277,22 +286,47 @@ def test_what_was_not_run_is_said_with_its_command() -> None:
 
 def test_a_table_of_verdicts_of_a_sweep() -> None:
     made = verdict((1.0, 0.5, 1.5), (0.2, 0.1, 0.3)) | {"metric": "m", "left_out": ["LEFT OUT: a at rho 4: collapsed"]}
+    made["reasons"] = ["of this", "of that"]
     made["mediation"] |= {"indirect": {"value": 9.0, "low": None, "high": None}, "direct": made["mediation"]["total"]}
-    made["iso"] = {"sweep": {"direct": {"value": 0.4, "low": -0.1, "high": 0.9}}}
+    interaction = {"value": -5.0, "low": -7.0, "high": -3.0}
+    made["iso"] = {"sweep": {"direct": {"value": 0.4, "low": -0.1, "high": 0.9}, "interaction": interaction}}
     made["secondary"] = [{"metric": "other", "flattening": {"value": -0.4, "low": -0.6, "high": None}}]
-    text = page.flatness([made])
+    text = sharpness.flatness([made])
     assert "| m | +0.20 [+0.10, +0.30] |\n| other | -0.40 [-0.60, unbounded] |" in text
     assert (
         "| sam/norm - none | +1.00 [+0.50, +1.50] | +0.20 [+0.10, +0.30] | unbounded | +1.00 [+0.50, +1.50] | "
-        "+0.40 [-0.10, +0.90] | not identified |"
+        "+0.40 [-0.10, +0.90] | -5.00 [-7.00, -3.00] | not identified |"
     ) in text
-    assert "n = 12 seeds; intervals at 98.75 %" in text
-    assert text.endswith(" Left out: a at rho 4: collapsed.")
+    assert "- sam/norm - none: not identified, because of this; and of that." in text
+    assert "n = 12 seeds; at the radii chosen; intervals by sign flips over seeds at 98.75 %" in text
+    assert " Left out: a at rho 4: collapsed.\n\n| flatter by" in text
     assert "with collapsed radii" not in text
-    every = {"word": "partly", "iso": {"direct": {"value": -9.0, "low": -12.0, "high": -6.0}}}
-    text = page.flatness([made | {"every_radius": every}])
-    assert "at equal sharpness, with collapsed radii | verdict with collapsed radii |" in text
-    assert "| +0.40 [-0.10, +0.90] | not identified | -9.00 [-12.00, -6.00] | partly |" in text
+    every = {"word": "partly", "iso": made["iso"]["sweep"] | {"direct": {"value": -9.0, "low": -12.0, "high": -6.0}}}
+    text = sharpness.flatness([made | {"every_radius": every}])
+    assert "at equal sharpness, with collapsed radii | interaction, with collapsed radii | verdict with" in text
+    assert "| -5.00 [-7.00, -3.00] | not identified | -9.00 [-12.00, -6.00] | -5.00 [-7.00, -3.00] | partly |" in text
+
+
+def test_every_radius_of_a_sweep(tmp_path: Path) -> None:
+    """Means over the report's seeds alone, sharpness by logarithms; what was chosen and what left out is named."""
+    (tmp_path / "study.json").write_text('{"measure": {"metrics": "m,other"}}')
+    pd.DataFrame({"arm": ["none", "sam/all"], "rho": [math.nan, 0.05]}).to_csv(tmp_path / "table.csv", index=False)
+    tried = {"arm": ["sam/all"] * 2, "rho": [0.05, 0.1], "val_accuracy": [0.5, 0.25]}
+    pd.DataFrame(tried).to_csv(tmp_path / "trials.csv", index=False)
+    columns = ["arm", "rho", "test_accuracy", "val_accuracy", "train_error", "m", "m_repeat", "lambda_max",
+               "lambda_max_repeat"]  # fmt: skip
+    runs = [
+        ("sam/all", 0.1, 0.5, 0.2, 0.5, 1, 1, 1, 1), ("sam/all", 0.05, 0.5, 0.9, 0.1, 1, 1, 10, 1000),
+        ("none", 0, 0.75, 0.8, 0.25, 2, 2, 3, 3), ("sam/all", 0.05, 0.7, 0.7, 0.3, 16, 16, 10, 1000),
+        ("sam/all", 0.05, math.nan, 0.1, 0.9, 9, 9, 9, 9),
+    ]  # fmt: skip
+    pd.DataFrame(runs, columns=columns).to_csv(tmp_path / "runs.csv", index=False)
+    lines = sharpness.radii(tmp_path, ["LEFT OUT: sam/all at rho 0.1: collapsed: why"]).split("\n")
+    assert lines[2:5] == [
+        "| none | - | 1 |  | - | 80.00 | 75.00 | 25.0 | 2.0000 | 3 |",
+        "| sam/all | 0.05 | 2 | chosen | 50.00 | 80.00 | 60.00 | 20.0 | 4.0000 | 100 |",
+        "| sam/all | 0.1 | 1 | left out | 25.00 | 20.00 | 50.00 | 50.0 | 1.0000 | 1 |",
+    ]
 
 
 def test_the_verdict_with_collapsed_radii_stands_beside_the_one_without(
@@ -346,11 +380,26 @@ def test_the_rank_correlation_is_over_arms_of_one_length_at_their_chosen_radii(t
     runs += [("none_2x", 0.0, 0.1, 0.0, 0), ("a", 0.9, 0.1, 0.0, 0), ("b", 0.1, np.nan, 0.0, 9)]
     columns = ["arm", "rho", "test_accuracy", "m", "train_error"]
     pd.DataFrame(runs, columns=columns).to_csv(tmp_path / "runs.csv", index=False)
-    assert "with their mean m: -1.00; with their mean training error on the labels trained on: +1.00. Over 6 arms" in (
-        page.association(tmp_path)
-    )
+    assert "of the arms' mean test accuracy with their mean m, and with" in sharpness.association(tmp_path)
+    assert "trained on: -1.00 and +1.00 over the 6 arms. Arms" in sharpness.association(tmp_path)
     (tmp_path / "study.json").write_text(json.dumps(study | {"config": {"arms": arms[1:]}}))
-    assert page.association(tmp_path) == ""
+    assert sharpness.association(tmp_path) == ""
+
+
+def test_rank_correlations_within_each_of_several_methods(tmp_path: Path) -> None:
+    names = ["none", *(f"{method}/{arm}" for method in ("sam", "asam") for arm in "abcdef"), "other/a"]
+    arms = [{"name": name, "epochs_factor": 1} for name in names]
+    (tmp_path / "study.json").write_text(json.dumps({"measure": {"metrics": "m"}, "config": {"arms": arms}}))
+    pd.DataFrame({"arm": names, "rho": [np.nan, *[0.1] * 13]}).to_csv(tmp_path / "table.csv", index=False)
+    falls = {name: (-1 if name.startswith("asam") else 1) for name in names}
+    runs = [(name, 0.1 * (name != "none"), 0.5 + 0.01 * i, falls[name] * i, -i) for i, name in enumerate(names)]
+    pd.DataFrame(runs, columns=["arm", "rho", "test_accuracy", "m", "train_error"]).to_csv(
+        tmp_path / "runs.csv", index=False
+    )
+    text = sharpness.association(tmp_path)
+    assert (
+        "and -1.00 over the 14 arms; -1.00 and -1.00 over 6 under asam; +1.00 and -1.00 over 6 under sam. Arms" in text
+    )
 
 
 def test_jpegs_are_unpacked_as_they_are_read(tmp_path: Path) -> None:

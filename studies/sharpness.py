@@ -1,0 +1,140 @@
+"""What a comparison's records say of sharpness: verdicts, every radius of a sweep, rank correlations over arms."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from studies.claims import estimate
+from studies.tables import markdown, reported
+
+_FEW = 6
+
+
+def flatness(verdicts: list[dict[str, Any]]) -> str:
+    """Per contrast of a sweep: gain and its parts, the word of the verdict, and flattening by every metric."""
+    rows = []
+    for one in verdicts:
+        parts, iso = one["mediation"], one["iso"]["sweep"]
+        rows.append(
+            {
+                "contrast": f"{one['arm']} - {one['reference']}",
+                "gain, points": estimate(parts["total"]),
+                "flatter by, log units": estimate(parts["flattening"]),
+                "through sharpness, points": estimate(parts["indirect"]),
+                "not through it, points": estimate(parts["direct"]),
+                "at equal sharpness, points": "-" if iso is None else estimate(iso["direct"]),
+                "interaction, points per log unit": "-" if iso is None else estimate(iso["interaction"]),
+                "verdict": one["word"],
+            }
+            | _with_every_radius(one)
+        )
+    first = verdicts[0]
+    left_out = "".join(f" {note.replace('LEFT OUT', 'Left out')}." for note in first["left_out"])
+    by_metric = [
+        {one["metric"]: one["mediation"]["flattening"]}
+        | {other["metric"]: other["flattening"] for other in one["secondary"]}
+        for one in verdicts
+    ]
+    metrics = [
+        {"flatter by, log units": metric}
+        | {
+            f"{one['arm']} - {one['reference']}": estimate(of[metric])
+            for one, of in zip(verdicts, by_metric, strict=True)
+        }
+        for metric in by_metric[0]
+    ]
+    because = "\n".join(
+        f"- {one['arm']} - {one['reference']}: {one['word']}, because {'; and '.join(one['reasons'])}."
+        for one in verdicts
+    )
+    return (
+        f"{markdown(rows)}\n\nOf the verdicts:\n\n{because}\n\nThe table of verdicts is by {first['metric']}; n = "
+        f"{first['seeds']} seeds; at the radii chosen; intervals by sign flips over seeds at "
+        f"{100 * first['confidence']:.4g} % (95 % over the contrasts together, not over metrics), wider than those of "
+        "the arms' table; flatter by: difference of the natural logarithms, mean of both measurements of a run; "
+        "through sharpness and not: mediation within seeds, unbounded where sharpness varies too little between runs "
+        "of one arm and radius; at equal sharpness: analysis of covariance over the radii of both arms, - where their "
+        "ranges do not overlap; interaction: where its interval leaves 0 out, the curves of the arms are not parallel, "
+        f"and the column before it decides nothing.{left_out}\n\n{markdown(metrics)}"
+    )
+
+
+def _with_every_radius(one: dict[str, Any]) -> dict[str, str]:
+    """The same with collapsed radii, where the verdict has left some out."""
+    if "every_radius" not in one:
+        return {}
+    every = one["every_radius"]
+    iso = every["iso"]
+    return {
+        "at equal sharpness, with collapsed radii": "-" if iso is None else estimate(iso["direct"]),
+        "interaction, with collapsed radii": "-" if iso is None else estimate(iso["interaction"]),
+        "verdict with collapsed radii": every["word"],
+    }
+
+
+def radii(records: Path, left_out: list[str]) -> str:
+    """Every radius of a sweep on the report's seeds: how good and how sharp, which was chosen, which left out."""
+    study = json.loads((records / "study.json").read_text(encoding="utf-8"))
+    metric = study["measure"]["metrics"].split(",")[0]
+    table = pd.read_csv(records / "table.csv", keep_default_na=False, na_values=[""]).set_index("arm")
+    chosen = table.rho.fillna(0.0)
+    tried = pd.read_csv(records / "trials.csv").set_index(["arm", "rho"]).val_accuracy
+    runs = pd.read_csv(records / "runs.csv", keep_default_na=False, na_values=[""], low_memory=False)
+    runs = runs[runs.test_accuracy.notna()]
+    rows = []
+    order = {arm: place for place, arm in enumerate(table.index)}
+    for (arm, rho), of in sorted(runs.groupby(["arm", "rho"]), key=lambda cell: (order[cell[0][0]], cell[0][1])):
+        sharp = {
+            name: np.exp(np.log(of[[name, f"{name}_repeat"]]).to_numpy().mean()) for name in (metric, "lambda_max")
+        }
+        out = any(note.startswith(f"LEFT OUT: {arm} at rho {rho:g}:") for note in left_out)
+        rows.append(
+            {
+                "arm": str(arm),
+                "rho": f"{rho:.3g}" if rho else "-",
+                "n": str(len(of)),
+                "": "chosen" if rho and rho == chosen[arm] else "left out" if out else "",
+                "validation, tuning seeds, %": f"{100 * tried[arm, rho]:.2f}" if rho else "-",
+                "validation, report's seeds, %": f"{100 * of.val_accuracy.mean():.2f}",
+                "test accuracy, %": f"{100 * of.test_accuracy.mean():.2f}",
+                "training error, %": f"{100 * of.train_error.mean():.1f}",
+                metric: f"{sharp[metric]:.4f}",
+                "lambda_max": f"{sharp['lambda_max']:.3g}",
+            }
+        )
+    return (
+        f"{markdown(rows)}\n\nEvery radius: means over n seeds, of tuning seeds over those; sharpness: geometric means "
+        "over seeds and both measurements."
+    )
+
+
+def association(records: Path) -> str:
+    """Rank correlation, over the arms trained for as long as the base optimizer, of sharpness and accuracy, and within
+    each of several methods; of few arms none."""
+    study = json.loads((records / "study.json").read_text(encoding="utf-8"))
+    metric = study["measure"]["metrics"].split(",")[0]
+    same = {arm["name"] for arm in study["config"]["arms"] if arm["epochs_factor"] == 1}
+    runs = reported(records)
+    means = runs[runs.arm.isin(same)].groupby("arm")[["test_accuracy", metric, "train_error"]].mean()
+    methods = means.index.str.rpartition("/").get_level_values(0)
+    groups = {f"the {len(means)} arms": means}
+    if len(set(methods) - {""}) > 1:
+        groups |= {f"{len(of)} under {name}": of for name, of in means.groupby(methods) if name}
+    found = [
+        f"{sharpness:+.2f} and {fit:+.2f} over {name}"
+        for name, of in groups.items()
+        if len(of) >= _FEW
+        for sharpness, fit in [of.corr("spearman").iloc[0, 1:]]
+    ]
+    if not found:
+        return ""
+    return (
+        f"Rank correlation (Spearman) of the arms' mean test accuracy with their mean {metric}, and with their mean "
+        f"training error on the labels trained on: {'; '.join(found)}. Arms trained for as many epochs, at their "
+        "chosen radii; exploratory, no claim rests on it."
+    )
