@@ -6,20 +6,23 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from analysis.reliability import REPEAT
+from experiments.config import RunConfig
 from experiments.measure import listed
 from experiments.record import RunRecord, code_digest, finite
 from experiments.store import RESULT, WORK, is_run, read_failure, read_run
 from masks.errors import InputError, unknown_name
 
-LISTED = ("run", "state", "arm", "method", "mask", "rho", "seed", "val_accuracy", "test_accuracy", "train_seconds")
-"""Columns of the list, where the runs have them."""
+NAMED = ("run", "state", "arm", "method", "mask", "rho", "seed")
+MEASURED = ("val_accuracy", "test_accuracy", "train_seconds")
+"""Columns of the list, where the runs have them; between the two every other setting in which the runs differ."""
+SETTINGS = frozenset(field.name for field in fields(RunConfig)) - {*NAMED}
 _BUILD = ("num_kept", "numel", "norm_share", "jaccard_norm", "digest")
 
 
@@ -165,7 +168,14 @@ def _listing(rows: list[dict[str, Any]], *, failed: bool) -> str:
     if not rows:
         return "no runs"
     codes = Counter(str(row["code"]) for row in rows if row.get("code"))
-    columns = [name for name in LISTED if any(row.get(name) is not None for row in rows)]
+    differ = [
+        name for name in dict.fromkeys(key for row in rows for key in row)
+        if name in SETTINGS and len({str(row[name]) for row in rows if name in row}) > 1
+    ]  # fmt: skip
+    columns = [
+        *(name for name in NAMED if any(row.get(name) is not None for row in rows)), *differ,
+        *(name for name in MEASURED if any(row.get(name) is not None for row in rows)),
+    ]  # fmt: skip
     columns += ["code"] * (len(codes) > 1)
     shown = [] if failed else [[_text(row.get(name)) for name in columns] for row in rows]
     lines = [pd.DataFrame(shown, columns=columns).to_string(index=False)] if shown else []

@@ -96,6 +96,18 @@ def test_the_list_counts_every_state(folder: Path) -> None:
     assert json.loads(as_json(rows)) == rows
 
 
+def test_the_list_shows_the_settings_in_which_runs_differ(tmp_path: Path) -> None:
+    """Runs of a sweep over a setting that has no column of its own could not be told apart."""
+    for seed, (lr, epochs) in enumerate([(0.1, 12), (0.2, 12), (0.2, 12)]):
+        made = record(seed)
+        made.config.update({"lr": lr, "epochs": epochs, "tuning": seed == 2, "code_of_old": seed})
+        keep(tmp_path, made)
+    lines = [line.split() for line in show(RunsOptions(str(tmp_path)))[0].splitlines()]
+    assert lines[0][6:] == ["seed", "tuning", "lr", "val_accuracy", "test_accuracy", "train_seconds"]
+    assert [line[6:9] for line in lines[1:4]] == [["0", "False", "0.1"], ["1", "False", "0.2"], ["2", "True", "0.2"]]
+    assert "lr" not in show(RunsOptions(str(tmp_path), where="lr=0.2"))[0].split()
+
+
 @pytest.mark.parametrize(
     ("where", "runs"),
     [
