@@ -419,7 +419,7 @@ def _lines(
                 f"At equal sharpness ({fit.correction}): {_shown(fit.direct)} points; the rest {_shown(fit.indirect)}"
                 f"{_shown_share(fit.share)}{_shown_interaction(fit.interaction)}."
             )
-    # Where there is no gain to explain, decide() does not come to this rule; the numbers above are no surer for it.
+    # decide() may stop before its rule on these; the numbers above are no surer for it.
     lines += [f"But {found}." for found in _contradictions(iso) if found not in reasons]
     if iso.interpolated is not None:
         lines.append(f"At equal sharpness by interpolation: {_shown(iso.interpolated)} points.")

@@ -13,7 +13,7 @@ import json
 import re
 from pathlib import Path
 
-from studies.sharpness import association, flatness, radii
+from studies.sharpness import association, averaged, flatness, radii
 from studies.tables import claims, table
 
 HERE = Path(__file__).resolve().parent
@@ -21,7 +21,8 @@ DOCS = HERE.parent / "docs"
 FIGURES = {
     "accuracy.svg": "Test accuracy per arm",
     "rho.svg": "Accuracy against the radius: validation, over the tuning seeds; of a sweep also test, over the "
-    "report's, without collapsed radii. The ring marks the radius chosen; an axis ends 15 points below the lowest ring",
+    "report's, without collapsed radii. The ring marks the radius chosen; an axis ends 15 points "
+    "below the lowest ring where values lie lower",
     "sharpness-3.svg": "Test error against the primary metric of sharpness at the radii chosen: a dot per run, a mark "
     "per arm (mean over seeds, of sharpness geometric)",
 }
@@ -40,9 +41,9 @@ def block(study: str, name: str) -> str:
     found = json.loads((records / name / "verdict.json").read_text(encoding="utf-8"))
     verdicts = [one for one in found if not one["family"]]
     curves = {
-        CURVES.format(i): f"Test error against sharpness along the radii of {one['arm']} and {one['reference']}: "
-        "means over seeds and both measurements, a mark per radius, without collapsed radii; the band is the range "
-        "compared"
+        CURVES.format(i): f"Test error against sharpness along the radii of {one['arm']} and {one['reference']}: means "
+        f"over {averaged(one)}, a mark per radius, without collapsed radii; "
+        + ("the band is the range compared" if one["iso"]["sweep"] else "no band: not compared at equal sharpness")
         for i, one in enumerate(verdicts, start=1)
     }
     figures = [

@@ -28,7 +28,7 @@ def flatness(verdicts: list[dict[str, Any]]) -> str:
                 "through sharpness, points": estimate(parts["indirect"]),
                 "not through it, points": estimate(parts["direct"]),
                 "at equal sharpness, points": "-" if iso is None else estimate(iso["direct"]),
-                "interaction, points per log unit": "-" if iso is None else estimate(iso["interaction"]),
+                "interaction, points per log unit": _interaction(iso),
                 "verdict": one["word"],
             }
             | _with_every_radius(one)
@@ -54,14 +54,24 @@ def flatness(verdicts: list[dict[str, Any]]) -> str:
     )
     return (
         f"{markdown(rows)}\n\nOf the verdicts:\n\n{because}\n\nThe table of verdicts is by {first['metric']}; n = "
-        f"{first['seeds']} seeds; at the radii chosen; intervals by sign flips over seeds at "
-        f"{100 * first['confidence']:.4g} % (95 % over the contrasts together, not over metrics), wider than those of "
-        "the arms' table; flatter by: difference of the natural logarithms, mean of both measurements of a run; "
-        "through sharpness and not: mediation within seeds, unbounded where sharpness varies too little between runs "
-        "of one arm and radius; at equal sharpness: analysis of covariance over the radii of both arms, - where their "
-        "ranges do not overlap; interaction: where its interval leaves 0 out, the curves of the arms are not parallel, "
-        f"and the column before it decides nothing.{left_out}\n\n{markdown(metrics)}"
+        f"{first['seeds']} seeds; gain and flatter by: at the radii chosen; intervals by sign flips over seeds at "
+        f"{100 * first['confidence']:.4g} % (95 % over the contrasts together, not over metrics); flatter by: "
+        f"difference of the natural logarithms, mean over {averaged(first)}; through sharpness and not: mediation "
+        "within seeds, unbounded where sharpness varies too little between runs of one arm and radius; at equal "
+        "sharpness: analysis of covariance over the radii of both arms in the range of sharpness that both have, - "
+        "where that is not decided; interaction: where its interval leaves 0 out, the curves of the arms are not "
+        f"parallel, and the column before it decides nothing.{left_out}\n\n{markdown(metrics)}"
     )
+
+
+def averaged(one: dict[str, Any]) -> str:
+    """What a run's sharpness is a mean of in a verdict."""
+    return "seeds and both measurements" if one["mediation"]["corrected"] else "seeds"
+
+
+def _interaction(iso: dict[str, Any] | None) -> str:
+    """An arm of a single radius has none."""
+    return "-" if iso is None or iso["interaction"]["value"] is None else estimate(iso["interaction"])
 
 
 def _with_every_radius(one: dict[str, Any]) -> dict[str, str]:
@@ -72,7 +82,7 @@ def _with_every_radius(one: dict[str, Any]) -> dict[str, str]:
     iso = every["iso"]
     return {
         "at equal sharpness, with collapsed radii": "-" if iso is None else estimate(iso["direct"]),
-        "interaction, with collapsed radii": "-" if iso is None else estimate(iso["interaction"]),
+        "interaction, with collapsed radii": _interaction(iso),
         "verdict with collapsed radii": every["word"],
     }
 
@@ -86,12 +96,14 @@ def radii(records: Path, left_out: list[str]) -> str:
     tried = pd.read_csv(records / "trials.csv").set_index(["arm", "rho"]).val_accuracy
     runs = pd.read_csv(records / "runs.csv", keep_default_na=False, na_values=[""], low_memory=False)
     runs = runs[runs.test_accuracy.notna()]
+    twice = f"{metric}_repeat" in runs
     rows = []
     order = {arm: place for place, arm in enumerate(table.index)}
     for (arm, rho), of in sorted(runs.groupby(["arm", "rho"]), key=lambda cell: (order[cell[0][0]], cell[0][1])):
-        sharp = {
-            name: np.exp(np.log(of[[name, f"{name}_repeat"]]).to_numpy().mean()) for name in (metric, "lambda_max")
-        }
+        sharp = [
+            np.exp(np.log(of[[name, f"{name}_repeat"][: 1 + twice]]).to_numpy().mean())
+            for name in (metric, "lambda_max")
+        ]
         out = any(note.startswith(f"LEFT OUT: {arm} at rho {rho:g}:") for note in left_out)
         rows.append(
             {
@@ -99,17 +111,16 @@ def radii(records: Path, left_out: list[str]) -> str:
                 "rho": f"{rho:.3g}" if rho else "-",
                 "n": str(len(of)),
                 "": "chosen" if rho and rho == chosen[arm] else "left out" if out else "",
-                "validation, tuning seeds, %": f"{100 * tried[arm, rho]:.2f}" if rho else "-",
+                "validation, tuning seeds, %": f"{100 * tried[arm, rho]:.2f}" if (arm, rho) in tried.index else "-",
                 "validation, report's seeds, %": f"{100 * of.val_accuracy.mean():.2f}",
                 "test accuracy, %": f"{100 * of.test_accuracy.mean():.2f}",
                 "training error, %": f"{100 * of.train_error.mean():.1f}",
-                metric: f"{sharp[metric]:.4f}",
-                "lambda_max": f"{sharp['lambda_max']:.3g}",
             }
+            | {name: f"{value:.3g}" for name, value in zip((metric, "lambda_max"), sharp, strict=True)}
         )
     return (
         f"{markdown(rows)}\n\nEvery radius: means over n seeds, of tuning seeds over those; sharpness: geometric means "
-        "over seeds and both measurements."
+        f"over seeds{' and both measurements' * twice}."
     )
 
 
@@ -135,6 +146,6 @@ def association(records: Path) -> str:
         return ""
     return (
         f"Rank correlation (Spearman) of the arms' mean test accuracy with their mean {metric}, and with their mean "
-        f"training error on the labels trained on: {'; '.join(found)}. Arms trained for as many epochs, at their "
-        "chosen radii; exploratory, no claim rests on it."
+        f"training error on the labels trained on: {'; '.join(found)}. Arms trained for as many epochs as "
+        "the base optimizer, at their chosen radii; exploratory, no claim rests on it."
     )

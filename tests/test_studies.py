@@ -215,6 +215,8 @@ def test_a_table_from_records(tmp_path: Path) -> None:
     assert "an arm's radii came within 10 points of its best in it; 2 of the tuning runs diverged; training" in text
     assert "of gain (over none, paired) Student's t over seeds, given the test images that all share; p by" in text
     assert "Hessian of the loss on 512 training images" in text
+    pd.DataFrame(trials | {"diverged": [0] * 7}).to_csv(tmp_path / "trials.csv", index=False)
+    assert "diverged" not in tables.table(tmp_path)
     assert "over 1 main arm; normalization" in text
 
 
@@ -288,6 +290,7 @@ def test_a_table_of_verdicts_of_a_sweep() -> None:
     made = verdict((1.0, 0.5, 1.5), (0.2, 0.1, 0.3)) | {"metric": "m", "left_out": ["LEFT OUT: a at rho 4: collapsed"]}
     made["reasons"] = ["of this", "of that"]
     made["mediation"] |= {"indirect": {"value": 9.0, "low": None, "high": None}, "direct": made["mediation"]["total"]}
+    made["mediation"]["corrected"] = True
     interaction = {"value": -5.0, "low": -7.0, "high": -3.0}
     made["iso"] = {"sweep": {"direct": {"value": 0.4, "low": -0.1, "high": 0.9}, "interaction": interaction}}
     made["secondary"] = [{"metric": "other", "flattening": {"value": -0.4, "low": -0.6, "high": None}}]
@@ -298,7 +301,12 @@ def test_a_table_of_verdicts_of_a_sweep() -> None:
         "+0.40 [-0.10, +0.90] | -5.00 [-7.00, -3.00] | not identified |"
     ) in text
     assert "- sam/norm - none: not identified, because of this; and of that." in text
-    assert "n = 12 seeds; at the radii chosen; intervals by sign flips over seeds at 98.75 %" in text
+    assert "n = 12 seeds; gain and flatter by: at the radii chosen; intervals by sign flips over seeds at 98.75 %" in text
+    assert "logarithms, mean over seeds and both measurements; through" in text
+    once = made | {"mediation": made["mediation"] | {"corrected": False}}
+    assert "logarithms, mean over seeds; through" in sharpness.flatness([once])
+    bare = {"direct": interaction, "interaction": dict.fromkeys(("value", "low", "high"))}
+    assert "| -5.00 [-7.00, -3.00] | - | not identified |" in sharpness.flatness([made | {"iso": {"sweep": bare}}])
     assert " Left out: a at rho 4: collapsed.\n\n| flatter by" in text
     assert "with collapsed radii" not in text
     every = {"word": "partly", "iso": made["iso"]["sweep"] | {"direct": {"value": -9.0, "low": -12.0, "high": -6.0}}}
@@ -310,7 +318,8 @@ def test_a_table_of_verdicts_of_a_sweep() -> None:
 def test_every_radius_of_a_sweep(tmp_path: Path) -> None:
     """Means over the report's seeds alone, sharpness by logarithms; what was chosen and what left out is named."""
     (tmp_path / "study.json").write_text('{"measure": {"metrics": "m,other"}}')
-    pd.DataFrame({"arm": ["none", "sam/all"], "rho": [math.nan, 0.05]}).to_csv(tmp_path / "table.csv", index=False)
+    arms = ["none", "sam/one", "sam/all"]
+    pd.DataFrame({"arm": arms, "rho": [math.nan, 0.2, 0.05]}).to_csv(tmp_path / "table.csv", index=False)
     tried = {"arm": ["sam/all"] * 2, "rho": [0.05, 0.1], "val_accuracy": [0.5, 0.25]}
     pd.DataFrame(tried).to_csv(tmp_path / "trials.csv", index=False)
     columns = ["arm", "rho", "test_accuracy", "val_accuracy", "train_error", "m", "m_repeat", "lambda_max",
@@ -319,14 +328,22 @@ def test_every_radius_of_a_sweep(tmp_path: Path) -> None:
         ("sam/all", 0.1, 0.5, 0.2, 0.5, 1, 1, 1, 1), ("sam/all", 0.05, 0.5, 0.9, 0.1, 1, 1, 10, 1000),
         ("none", 0, 0.75, 0.8, 0.25, 2, 2, 3, 3), ("sam/all", 0.05, 0.7, 0.7, 0.3, 16, 16, 10, 1000),
         ("sam/all", 0.05, math.nan, 0.1, 0.9, 9, 9, 9, 9),
+        ("sam/one", 0.2, 0.5, 0.5, 0.5, 5, 5, 5, 5),
     ]  # fmt: skip
-    pd.DataFrame(runs, columns=columns).to_csv(tmp_path / "runs.csv", index=False)
+    frame = pd.DataFrame(runs, columns=columns)
+    frame.to_csv(tmp_path / "runs.csv", index=False)
     lines = sharpness.radii(tmp_path, ["LEFT OUT: sam/all at rho 0.1: collapsed: why"]).split("\n")
-    assert lines[2:5] == [
-        "| none | - | 1 |  | - | 80.00 | 75.00 | 25.0 | 2.0000 | 3 |",
-        "| sam/all | 0.05 | 2 | chosen | 50.00 | 80.00 | 60.00 | 20.0 | 4.0000 | 100 |",
-        "| sam/all | 0.1 | 1 | left out | 25.00 | 20.00 | 50.00 | 50.0 | 1.0000 | 1 |",
+    assert lines[2:6] == [
+        "| none | - | 1 |  | - | 80.00 | 75.00 | 25.0 | 2 | 3 |",
+        "| sam/one | 0.2 | 1 | chosen | - | 50.00 | 50.00 | 50.0 | 5 | 5 |",
+        "| sam/all | 0.05 | 2 | chosen | 50.00 | 80.00 | 60.00 | 20.0 | 4 | 100 |",
+        "| sam/all | 0.1 | 1 | left out | 25.00 | 20.00 | 50.00 | 50.0 | 1 | 1 |",
     ]
+    assert lines[-1].endswith("over seeds and both measurements.")
+    frame.drop(columns=["m_repeat", "lambda_max_repeat"]).to_csv(tmp_path / "runs.csv", index=False)
+    text = sharpness.radii(tmp_path, [])
+    assert "| 20.0 | 4 | 10 |" in text
+    assert text.endswith("over seeds.")
 
 
 def test_the_verdict_with_collapsed_radii_stands_beside_the_one_without(
@@ -400,6 +417,9 @@ def test_rank_correlations_within_each_of_several_methods(tmp_path: Path) -> Non
     assert (
         "and -1.00 over the 14 arms; -1.00 and -1.00 over 6 under asam; +1.00 and -1.00 over 6 under sam. Arms" in text
     )
+    arms = [arm for arm in arms if arm["name"].partition("/")[0] in ("none", "sam")]
+    (tmp_path / "study.json").write_text(json.dumps({"measure": {"metrics": "m"}, "config": {"arms": arms}}))
+    assert " under " not in sharpness.association(tmp_path)
 
 
 def test_jpegs_are_unpacked_as_they_are_read(tmp_path: Path) -> None:

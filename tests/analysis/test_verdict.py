@@ -358,6 +358,7 @@ def test_a_baseline_without_a_sweep_is_judged_where_its_sharpness_lies_within_th
     design = replace(STRONG, seeds=12, gain=2.0, baseline=True)
     assert judge(design).word == "explained"
     assert judge(replace(design, mechanism="none")).word == "not explained"
+    assert "interaction" not in "\n".join(judge(design).lines)
     far = judge(replace(design, flattening=2.0))
     assert far.word == "not identified"
     assert far.reasons[0].startswith(
@@ -395,8 +396,17 @@ def test_lines_show_the_numbers_and_never_a_nan():
     assert flat.reliability == ()
 
 
+def test_lines_name_a_contradiction_once():
+    frame = STRONG.draw(0)
+    bent = frame.arm == "arm1"
+    frame.loc[bent, "test_error"] += 0.05 * np.log(frame.sharpness / frame.sharpness[bent].max())[bent]
+    got = verdict(frame, arm="arm1", reference="arm0", primary="sharpness", chosen=STRONG.chosen, resamples=0)
+    assert any("interaction" in reason for reason in got.reasons)
+    assert not [line for line in got.lines if line.startswith("But")]
+
+
 @pytest.mark.parametrize("steeper", [0.0, 5.0])
-def test_lines_name_curves_that_cross_even_where_there_is_no_gain_to_explain(steeper):
+def test_lines_name_curves_that_are_not_parallel_even_where_there_is_no_gain_to_explain(steeper):
     """The gain at equal sharpness is not to be read alone where it depends on the sharpness, whatever rule decides."""
     frame = replace(STRONG, gain=0.0).draw(0)
     bent = frame.arm == "arm1"
@@ -406,8 +416,11 @@ def test_lines_name_curves_that_cross_even_where_there_is_no_gain_to_explain(ste
     got = verdict(frame, arm="arm1", reference="arm0", primary="sharpness", chosen=STRONG.chosen, resamples=0)
     lines = "\n".join(got.lines)
     assert "no gain to explain" in got.reasons[0]
-    assert lines.count("; interaction ") == 2
-    assert f"; interaction {got.iso.sweep.interaction.value:+.2f} [" in lines
+    for fit in (got.iso.sweep, got.iso.retest):
+        (line,) = (
+            line for line in got.lines if f"({fit.correction})" in line and "interaction" in line and "But" not in line
+        )
+        assert f"; interaction {fit.interaction.value:+.2f} [" in line
     assert got.iso.sweep.interaction.value == pytest.approx(steeper, abs=1.0)
     assert ("But the mask's effect at equal sharpness depends on the sharpness (interaction, sweep)." in lines) == bool(
         steeper
