@@ -301,7 +301,7 @@ def test_a_table_of_verdicts_of_a_sweep() -> None:
         "+0.40 [-0.10, +0.90] | -5.00 [-7.00, -3.00] | not identified |"
     ) in text
     assert "- sam/norm - none: not identified, because of this; and of that." in text
-    assert "n = 12 seeds; gain and flatter by: at the radii chosen; intervals by sign flips over seeds at 98.75 %" in text
+    assert "n = 12 seeds; gain and flatter by: at the radii chosen; intervals by sign flips over seeds at 98.75" in text
     assert "logarithms, mean over seeds and both measurements; through" in text
     once = made | {"mediation": made["mediation"] | {"corrected": False}}
     assert "logarithms, mean over seeds; through" in sharpness.flatness([once])
