@@ -19,7 +19,7 @@ from studies.tables import claims, table
 HERE = Path(__file__).resolve().parent
 DOCS = HERE.parent / "docs"
 FIGURES = {
-    "accuracy.svg": "Test accuracy per arm",
+    "accuracy.svg": "Test accuracy per arm: a dot per seed, mean and interval as in the table",
     "rho.svg": "Accuracy against the radius: validation, over the tuning seeds; of a sweep also test, over the "
     "report's, without collapsed radii. The ring marks the radius chosen; an axis ends 15 points "
     "below the lowest ring where values lie lower",
@@ -47,7 +47,7 @@ def block(study: str, name: str) -> str:
         for i, one in enumerate(verdicts, start=1)
     }
     figures = [
-        f"![{words}](figures/{study}-{name}-{file})"
+        f"![{words.partition(':')[0]}](figures/{study}-{name}-{file})\n\n*{words}.*"
         for file, words in (FIGURES | curves).items()
         if (records / name / file).exists()
     ]
