@@ -14,7 +14,7 @@ import re
 from pathlib import Path
 
 from studies.sharpness import association, averaged, flatness, radii
-from studies.tables import claims, table
+from studies.tables import claims, family, table
 
 HERE = Path(__file__).resolve().parent
 DOCS = HERE.parent / "docs"
@@ -51,12 +51,12 @@ def block(study: str, name: str) -> str:
         for file, words in (FIGURES | curves).items()
         if (records / name / file).exists()
     ]
-    of_sweep = (
-        [flatness(verdicts), radii(records / name, verdicts[0]["left_out"])]
-        if any(one["iso"]["sweep"] for one in verdicts)
-        else []
-    )
-    return "\n\n".join([table(records / name), *of_sweep, *filter(None, [association(records / name)]), *figures])
+    members = [one for one in found if one["family"]]
+    if any(one["iso"]["sweep"] for one in verdicts):
+        more = [flatness(verdicts), radii(records / name, verdicts[0]["left_out"])]
+    else:
+        more = [family(members)] if members else []
+    return "\n\n".join([table(records / name), *more, *filter(None, [association(records / name)]), *figures])
 
 
 def filled(page: str) -> str:

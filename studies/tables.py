@@ -11,6 +11,7 @@ import pandas as pd
 from studies.claims import estimate
 
 _NEAR = 10
+_FAMILIES = {"ascent": "ascent strength"}
 _WORDS = {True: "held", False: "**not held**", None: "not decided"}
 
 
@@ -87,6 +88,24 @@ def _range(numbers: pd.Series[int]) -> str:
 
 def _interval(value: float, low: float, high: float, sign: str = "") -> str:
     return f"{100 * value:{sign}.2f} [{100 * low:{sign}.2f}, {100 * high:{sign}.2f}]"
+
+
+def family(verdicts: list[dict[str, Any]]) -> str:
+    """The contrasts of a family whose claim is on several together: each difference of accuracy and of sharpness."""
+    first = verdicts[0]
+    rows = [
+        {
+            "contrast": f"{one['arm']} - {one['reference']}",
+            "gain, points": estimate(one["mediation"]["total"]),
+            "flatter by, log units": estimate(one["mediation"]["flattening"]),
+        }
+        for one in verdicts
+    ]
+    return (
+        f"{markdown(rows)}\n\nThe family on {_FAMILIES[first['family']]}, flatter by {first['metric']}; n = "
+        f"{first['seeds']} seeds; at the radii chosen; intervals by sign flips over seeds at "
+        f"{100 * first['confidence']:.4g} % (95 % over the family's {len(rows)} contrasts together)."
+    )
 
 
 def claims(records: Path) -> str:

@@ -228,6 +228,19 @@ def test_a_share_of_few_coordinates_is_not_shown_as_none(share: float, shown: st
     assert tables._percent(share) == shown
 
 
+def test_a_table_of_the_contrasts_of_a_family() -> None:
+    made = [verdict((1.0, 0.5, 1.5), (0.2, 0.1, 0.3)), verdict((-0.5, -0.75, None), (-0.2, -0.3, 0.1), arm="sam/all")]
+    text = tables.family([one | {"family": "ascent", "metric": "m"} for one in made])
+    assert text.splitlines()[2:4] == [
+        "| sam/norm - none | +1.00 [+0.50, +1.50] | +0.20 [+0.10, +0.30] |",
+        "| sam/all - none | -0.50 [-0.75, unbounded] | -0.20 [-0.30, +0.10] |",
+    ]
+    assert text.endswith(
+        "The family on ascent strength, flatter by m; n = 12 seeds; at the radii chosen; intervals by sign flips over "
+        "seeds at 98.75 % (95 % over the family's 2 contrasts together)."
+    )
+
+
 def test_a_table_of_claims(tmp_path: Path) -> None:
     claim = {"says": "a is b", "by": "us", "comparison": "c", "method": "sam", "n": 12, "confidence": 0.9875}
     made = [
