@@ -13,7 +13,10 @@ import json
 import re
 from pathlib import Path
 
-from studies.sharpness import association, averaged, flatness, radii
+import yaml
+
+from studies.claims import contrasts
+from studies.sharpness import association, averaged, by_metric, flatness, radii
 from studies.tables import claims, family, table
 
 HERE = Path(__file__).resolve().parent
@@ -56,6 +59,11 @@ def block(study: str, name: str) -> str:
         more = [flatness(verdicts), radii(records / name, verdicts[0]["left_out"])]
     else:
         more = [family(members)] if members else []
+    arms = dict.fromkeys(name for one in verdicts for name in (one["arm"], one["reference"]))
+    settled = yaml.safe_load((HERE / study / "claims.yaml").read_text(encoding="utf-8"))["claims"]
+    pairs = contrasts([claim for claim in settled if claim["is"] == "sharper"], [*arms])
+    compared = [one for one in verdicts if f"{one['arm']}-{one['reference']}" in pairs]
+    more += [by_metric(compared)] if compared else []
     return "\n\n".join([table(records / name), *more, *filter(None, [association(records / name)]), *figures])
 
 

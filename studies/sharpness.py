@@ -16,7 +16,7 @@ _FEW = 6
 
 
 def flatness(verdicts: list[dict[str, Any]]) -> str:
-    """Per contrast of a sweep: gain and its parts, the word of the verdict, and flattening by every metric."""
+    """Per contrast of a sweep: gain and its parts, and the word of the verdict."""
     rows = []
     for one in verdicts:
         parts, iso = one["mediation"], one["iso"]["sweep"]
@@ -35,19 +35,6 @@ def flatness(verdicts: list[dict[str, Any]]) -> str:
         )
     first = verdicts[0]
     left_out = "".join(f" {note.replace('LEFT OUT', 'Left out')}." for note in first["left_out"])
-    by_metric = [
-        {one["metric"]: one["mediation"]["flattening"]}
-        | {other["metric"]: other["flattening"] for other in one["secondary"]}
-        for one in verdicts
-    ]
-    metrics = [
-        {"flatter by, log units": metric}
-        | {
-            f"{one['arm']} - {one['reference']}": estimate(of[metric])
-            for one, of in zip(verdicts, by_metric, strict=True)
-        }
-        for metric in by_metric[0]
-    ]
     because = "\n".join(
         f"- {one['arm']} - {one['reference']}: {one['word']}, because {'; and '.join(one['reasons'])}."
         for one in verdicts
@@ -60,7 +47,27 @@ def flatness(verdicts: list[dict[str, Any]]) -> str:
         "within seeds, unbounded where sharpness varies too little between runs of one arm and radius; at equal "
         "sharpness: analysis of covariance over the radii of both arms in the range of sharpness that both have, - "
         "where that is not decided; interaction: where its interval leaves 0 out, the curves of the arms are not "
-        f"parallel, and the column before it decides nothing.{left_out}\n\n{markdown(metrics)}"
+        f"parallel, and the column before it decides nothing.{left_out}"
+    )
+
+
+def by_metric(verdicts: list[dict[str, Any]]) -> str:
+    """How much flatter one arm of each contrast is than the other, by every metric."""
+    first = verdicts[0]
+    found = [
+        {one["metric"]: one["mediation"]["flattening"]}
+        | {other["metric"]: other["flattening"] for other in one["secondary"]}
+        for one in verdicts
+    ]
+    rows = [
+        {"flatter by, log units": metric}
+        | {f"{one['arm']} - {one['reference']}": estimate(of[metric]) for one, of in zip(verdicts, found, strict=True)}
+        for metric in found[0]
+    ]
+    return (
+        f"{markdown(rows)}\n\nDifferences of the natural logarithms at the radii chosen, mean over {averaged(first)}; "
+        f"the primary metric first; n = {first['seeds']} seeds; intervals by sign flips over seeds at "
+        f"{100 * first['confidence']:.4g} %, not corrected for the number of metrics."
     )
 
 

@@ -308,7 +308,6 @@ def test_a_table_of_verdicts_of_a_sweep() -> None:
     made["iso"] = {"sweep": {"direct": {"value": 0.4, "low": -0.1, "high": 0.9}, "interaction": interaction}}
     made["secondary"] = [{"metric": "other", "flattening": {"value": -0.4, "low": -0.6, "high": None}}]
     text = sharpness.flatness([made])
-    assert "| m | +0.20 [+0.10, +0.30] |\n| other | -0.40 [-0.60, unbounded] |" in text
     assert (
         "| sam/norm - none | +1.00 [+0.50, +1.50] | +0.20 [+0.10, +0.30] | unbounded | +1.00 [+0.50, +1.50] | "
         "+0.40 [-0.10, +0.90] | -5.00 [-7.00, -3.00] | not identified |"
@@ -320,7 +319,12 @@ def test_a_table_of_verdicts_of_a_sweep() -> None:
     assert "logarithms, mean over seeds; through" in sharpness.flatness([once])
     bare = {"direct": interaction, "interaction": dict.fromkeys(("value", "low", "high"))}
     assert "| -5.00 [-7.00, -3.00] | - | not identified |" in sharpness.flatness([made | {"iso": {"sweep": bare}}])
-    assert " Left out: a at rho 4: collapsed.\n\n| flatter by" in text
+    assert text.endswith(" Left out: a at rho 4: collapsed.")
+    text = sharpness.by_metric([made, made | {"arm": "b"}])
+    assert text.startswith("| flatter by, log units | sam/norm - none | b - none |\n")
+    assert "| m | +0.20 [+0.10, +0.30] | +0.20 [+0.10, +0.30] |\n| other | -0.40 [-0.60, unbounded] | -0.40" in text
+    assert "mean over seeds and both measurements; the primary metric first; n = 12 seeds" in text
+    text = sharpness.flatness([made])
     assert "with collapsed radii" not in text
     every = {"word": "partly", "iso": made["iso"]["sweep"] | {"direct": {"value": -9.0, "low": -12.0, "high": -6.0}}}
     text = sharpness.flatness([made | {"every_radius": every}])
