@@ -60,8 +60,8 @@ def block(study: str, name: str) -> str:
     else:
         more = [family(members)] if members else []
     arms = dict.fromkeys(name for one in verdicts for name in (one["arm"], one["reference"]))
-    settled = yaml.safe_load((HERE / study / "claims.yaml").read_text(encoding="utf-8"))["claims"]
-    pairs = contrasts([claim for claim in settled if claim["is"] == "sharper"], [*arms])
+    asked = yaml.safe_load((HERE / study / "claims.yaml").read_text(encoding="utf-8"))["claims"]
+    pairs = contrasts([claim for claim in asked if claim["is"] == "sharper"], [*arms])
     compared = [one for one in verdicts if f"{one['arm']}-{one['reference']}" in pairs]
     more += [by_metric(compared)] if compared else []
     return "\n\n".join([table(records / name), *more, *filter(None, [association(records / name)]), *figures])

@@ -320,9 +320,10 @@ def test_a_table_of_verdicts_of_a_sweep() -> None:
     bare = {"direct": interaction, "interaction": dict.fromkeys(("value", "low", "high"))}
     assert "| -5.00 [-7.00, -3.00] | - | not identified |" in sharpness.flatness([made | {"iso": {"sweep": bare}}])
     assert text.endswith(" Left out: a at rho 4: collapsed.")
-    text = sharpness.by_metric([made, made | {"arm": "b"}])
+    flatter = made["mediation"] | {"flattening": {"value": 0.5, "low": 0.4, "high": 0.6}}
+    text = sharpness.by_metric([made, made | {"arm": "b", "mediation": flatter}])
     assert text.startswith("| flatter by, log units | sam/norm - none | b - none |\n")
-    assert "| m | +0.20 [+0.10, +0.30] | +0.20 [+0.10, +0.30] |\n| other | -0.40 [-0.60, unbounded] | -0.40" in text
+    assert "| m | +0.20 [+0.10, +0.30] | +0.50 [+0.40, +0.60] |\n| other | -0.40 [-0.60, unbounded] | -0.40" in text
     assert "mean over seeds and both measurements; the primary metric first; n = 12 seeds" in text
     text = sharpness.flatness([made])
     assert "with collapsed radii" not in text
